@@ -1,0 +1,22 @@
+/* kvmpy.h -- everything the shim offers to Python, in the order of the floors. Mechanism only; no global state. */
+#ifndef KVMPY_H
+#define KVMPY_H
+
+#define _GNU_SOURCE
+#include <asm/kvm.h>
+#include <asm/processor-flags.h>
+#include <errno.h>
+#include <linux/kvm.h>
+#include <linux/serial_reg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+#include "compat.h"
+#include "run_loop.h"
+#include "serial.h"
+
+#endif

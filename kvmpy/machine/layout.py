@@ -1,0 +1,89 @@
+"""The address map of every kvmpy machine: one drawing, and the constants that it stands for.
+
+::
+
+    0x0000_0000  +-------------------------------+
+                 | free for the guest            |  page 0 included; a guest may relocate code here
+    0x0000_7c00  |   boot sector (one page)      |  only when a boot sector is what boots
+    0x0009_fc00  +-------------------------------+  EBDA
+                 | MP floating pointer           |
+    0x000a_0000  +-------------------------------+  legacy video window: RAM to us, reserved in the map
+    0x000c_0000  +-------------------------------+  what kvmpy writes, page by page:
+                 | 0xc0000 boot GDT              |
+                 | 0xc1000 boot information      |  multiboot 1/2, hvm_start_info, or boot_params
+                 | 0xc8000 boot page tables      |  PML4, PDPT, 4 page directories: 4 GiB, 1:1
+                 | 0xd0000 command lines         |  64 KiB
+                 | 0xe0000 parameter page        |  guests/abi.h
+                 | 0xe1000 ACPI: RSDP, tables    |
+                 | 0xf0000 MP configuration      |
+    0x0010_0000  +-------------------------------+  1 MiB
+                 | RAM                           |  kernels load here; modules and initrd at its top
+    0xc000_0000  +-------------------------------+  3 GiB: the hole, present on every machine
+                 | 0xd0000000 virtio-mmio        |  one 4 KiB window a device
+                 | 0xfec00000 IOAPIC             |
+                 | 0xfee00000 local APICs        |
+                 | 0xfffbc000 KVM's own pages    |  identity map (1) and TSS (3)
+  0x1_0000_0000  +-------------------------------+  4 GiB
+                 | the rest of RAM               |
+                 +-------------------------------+
+
+Addresses that guests know by name (the parameter page, the ports) are in ``guests/abi.h``; a test holds the two
+together. Not here: who writes what is drawn.
+"""
+
+from kvmpy.units import GiB, KiB, MiB, PAGE_SIZE
+
+BOOT_SECTOR = 0x7C00
+EBDA = 0x9_FC00
+LOW_RAM_END = EBDA
+VIDEO = 0xA_0000
+
+BIOS_AREA = 0xC_0000
+BOOT_GDT = 0xC_0000
+BOOT_INFO = 0xC_1000
+BOOT_INFO_SIZE = 0x7000
+BOOT_PAGE_TABLES = 0xC_8000
+BOOT_PAGE_TABLES_SIZE = 6 * PAGE_SIZE
+COMMAND_LINES = 0xD_0000
+COMMAND_LINES_SIZE = 64 * KiB
+PARAMETER_PAGE = 0xE_0000
+ACPI_TABLES = 0xE_1000
+ACPI_TABLES_SIZE = 0xF000
+MP_TABLE = 0xF_0000
+MP_TABLE_SIZE = 0x1_0000
+
+HIGH_MEMORY = 1 * MiB
+HOLE = 3 * GiB
+HOLE_END = 4 * GiB
+
+VIRTIO_MMIO = 0xD000_0000
+VIRTIO_MMIO_SIZE = PAGE_SIZE
+IOAPIC = 0xFEC0_0000
+LOCAL_APIC = 0xFEE0_0000
+IDENTITY_MAP = 0xFFFB_C000
+TSS = 0xFFFB_D000
+
+REAL_MODE_ENTRY = 0x1000
+"""Where a flat real-mode image loads and starts when nothing else is said."""
+
+
+def ram_ranges(size: int) -> list[tuple[int, int]]:
+    """Return where ``size`` bytes of RAM lie, as (gpa, size): up to the hole, and the rest from 4 GiB."""
+    low = min(size, HOLE)
+    return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
+
+
+# e820 types (ACPI 6.5 §15, table 15.374)
+RAM, RESERVED = 1, 2
+
+
+def memory_map(size: int) -> list[tuple[int, int, int]]:
+    """Return the memory map that boot protocols hand to a guest: (gpa, size, e820 type), ascending."""
+    (_, low), *high = ram_ranges(size)
+    return [
+        (0, LOW_RAM_END, RAM),
+        (LOW_RAM_END, HIGH_MEMORY - LOW_RAM_END, RESERVED),
+        *([(HIGH_MEMORY, low - HIGH_MEMORY, RAM)] if low > HIGH_MEMORY else []),
+        (IDENTITY_MAP, HOLE_END - IDENTITY_MAP, RESERVED),
+        *((gpa, length, RAM) for gpa, length in high),
+    ]
