@@ -2,7 +2,9 @@
 #ifndef KVMPY_H
 #define KVMPY_H
 
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <asm/kvm.h>
 #include <asm/processor-flags.h>
 #include <errno.h>

@@ -243,12 +243,30 @@ static int run(struct kvmpy_loop *loop)
     }
 }
 
+/* Say that this thread uses the run page, unless the vCPU is closed: whoever closes it sets vcpu_fd to -1, then waits
+ * until tid is 0, and only then unmaps the page. */
+static bool hold(struct kvmpy_loop *loop)
+{
+    static __thread int32_t tid; /* the system call is a tenth of a microsecond, at each exit to Python */
+    if (!tid)
+        tid = (int32_t)syscall(SYS_gettid);
+    __atomic_store_n(&loop->tid, tid, __ATOMIC_SEQ_CST);
+    return __atomic_load_n(&loop->vcpu_fd, __ATOMIC_SEQ_CST) >= 0;
+}
+
+static void release(struct kvmpy_loop *loop)
+{
+    __atomic_store_n(&loop->tid, 0, __ATOMIC_SEQ_CST);
+}
+
 int kvmpy_run(struct kvmpy_loop *loop)
 {
     loop->error = 0;
-    __atomic_store_n(&loop->tid, (int32_t)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
     int stop;
-    if (loop->deadline_ns) {
+    if (!hold(loop)) {
+        loop->error = EBADF;
+        stop = KVMPY_STOP_ERROR;
+    } else if (loop->deadline_ns) {
         int error = arm_timer(loop);
         if (error) {
             loop->error = -error;
@@ -260,11 +278,11 @@ int kvmpy_run(struct kvmpy_loop *loop)
     } else {
         stop = run(loop);
     }
-    __atomic_store_n(&loop->tid, 0, __ATOMIC_SEQ_CST);
+    release(loop);
     return stop;
 }
 
-int kvmpy_complete(struct kvmpy_loop *loop)
+static int complete(struct kvmpy_loop *loop)
 {
     if (loop->has_exit)
         return 1;
@@ -275,6 +293,13 @@ int kvmpy_complete(struct kvmpy_loop *loop)
         __atomic_store_n(&loop->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     loop->has_exit = !error;
     return error == EINTR || error == EAGAIN ? 0 : error ? -error : 1;
+}
+
+int kvmpy_complete(struct kvmpy_loop *loop)
+{
+    int result = hold(loop) ? complete(loop) : -EBADF;
+    release(loop);
+    return result;
 }
 
 void kvmpy_kick(struct kvmpy_loop *loop)

@@ -30,8 +30,8 @@ def parse_size(text: str) -> int:
     number, suffix = match.groups()
     whole, _, fraction = number.partition(".")
     # Integers all the way: 0.1G must be refused, not rounded.
-    scaled = int((whole or "0") + fraction) * _SUFFIXES[suffix.upper()]
-    size, rest = divmod(scaled, 10 ** len(fraction))
+    scale: int = 10 ** len(fraction)
+    size, rest = divmod(int((whole or "0") + fraction) * _SUFFIXES[suffix.upper()], scale)
     if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
     return size

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from kvmpy.kvm.ranges import Action as Action
+from kvmpy.kvm.ranges import FastRange as FastRange
+
 
 class Device(Protocol):
     """A thing on a bus. ``offset`` is bytes from the start of its range; data is little-endian, as on the bus."""

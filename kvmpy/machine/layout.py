@@ -31,7 +31,7 @@ Addresses that guests know by name (the parameter page, the ports) are in ``gues
 together. Not here: who writes what is drawn.
 """
 
-from kvmpy.units import GiB, KiB, MiB, PAGE_SIZE
+from kvmpy.units import PAGE_SIZE, GiB, KiB, MiB
 
 BOOT_SECTOR = 0x7C00
 EBDA = 0x9_FC00

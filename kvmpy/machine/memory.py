@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from kvmpy._shim import ffi, lib
 from kvmpy.errors import GuestMemoryError, ImageError
 from kvmpy.machine import layout
-from kvmpy.units import MiB, PAGE_SIZE, format_size
+from kvmpy.units import PAGE_SIZE, MiB, format_size
 
 HUGE_PAGE_SIZE = 2 * MiB
 MINIMUM_SIZE = 1 * MiB
@@ -121,6 +121,19 @@ class GuestMemory:
     def fill(self, gpa: int, size: int, byte: int = 0) -> None:
         """Set ``size`` bytes to ``byte``: the VMM clears, never the guest. Raises GuestMemoryError."""
         lib.memset(ffi.from_buffer(self.view(gpa, size)), byte, size)
+
+    def populate(self) -> None:
+        """Back all of it with host memory now. Raises OSError (ENOMEM)."""
+        self._mmap.madvise(lib.MADV_POPULATE_WRITE)
+
+    def lock(self) -> None:
+        """Keep all of it in host memory: it is never swapped out.
+
+        Raises:
+            OSError: ENOMEM or EPERM: above RLIMIT_MEMLOCK, or more than there is.
+        """
+        if lib.mlock(ffi.cast("void *", self.hva), self.size):
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
 
     def load(self, path: str | os.PathLike[str], *, gpa: int) -> int:
         """Read the whole file into the guest at ``gpa`` and return its size in bytes.

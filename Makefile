@@ -1,0 +1,54 @@
+# kvmpy: set up, run, test. Each target does its own set-up, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+SHIM_SOURCES := $(wildcard csrc/*) $(wildcard csrc/cdef/*) guests/abi.h setup.py pyproject.toml
+GUEST_SOURCES := $(wildcard guests/*)
+
+.PHONY: all run test check guests benchmark clean campaign-images
+
+all: guest.img
+
+run: guest.img
+	$(BIN)/python -m kvmpy run guest.img --cores 2 --mem 3.5G
+
+test: guest.img $(VENV)/test-tools
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test-tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/guests/test_headers.py
+	@lines=$$(cat csrc/*.c csrc/*.h csrc/*.py csrc/cdef/*.cdef | wc -l); \
+	 echo "csrc/ has $$lines of at most 2500 lines"; test $$lines -le 2500
+
+benchmark: guest.img $(VENV)/test-tools
+	$(BIN)/python -m pytest benchmarks -q -s
+
+# Ten thousand damaged images through every loader; make test runs a fiftieth.
+campaign-images: $(VENV)/test-tools
+	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/machine/boot/test_mutations.py --timeout 3600
+
+guests: guest.img
+
+guest.img: $(VENV)/kvmpy $(GUEST_SOURCES)
+	$(BIN)/python guests/build.py
+	@touch guest.img
+
+# kvmpy itself, editable: what changes in Python needs no new set-up, what changes in C does.
+$(VENV)/kvmpy: $(SHIM_SOURCES)
+	@sh csrc/prerequisites.sh $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/test-tools: $(VENV)/kvmpy
+	$(PIP) install --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build guest.img kvmpy/*.so kvmpy/_shim.c *.egg-info

@@ -1,0 +1,80 @@
+"""From the run page to a typed exit: those that are rare. PIO and MMIO are decoded where they are hot, in `Vcpu`.
+
+Source: KVM API §5.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any
+
+from kvmpy._shim import lib
+from kvmpy.kvm import exits
+from kvmpy.kvm.exits import Exit, ExitReason
+
+_U64 = Struct("=Q")
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRecord:
+    """One exit as the post-mortem ring keeps it; ``data`` is what was written, or what C replied."""
+
+    number: int
+    rip: int
+    address: int
+    data: int
+    reason: int
+    count: int
+    size: int
+    is_write: bool
+
+
+def reason_name(reason: int) -> str:
+    """Return the name of an exit reason: ``IO``, ``HLT``, or ``reason 99`` for one without a name."""
+    try:
+        return ExitReason(reason).name
+    except ValueError:
+        return f"reason {reason}"
+
+
+def _internal_error(run: Any) -> exits.InternalError:
+    data = tuple(run.internal.data[i] for i in range(min(run.internal.ndata, 16)))
+    instruction = b""
+    flag = lib.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+    emulation = run.internal.suberror == lib.KVM_INTERNAL_ERROR_EMULATION
+    if emulation and len(data) > 2 and data[0] & flag:
+        # KVM API §5: data[1] holds the size in its first byte, the instruction follows.
+        raw = b"".join(_U64.pack(word) for word in data[1:3])
+        instruction = raw[1 : 1 + min(raw[0], 15)]
+    return exits.InternalError(run.internal.suberror, data, instruction)
+
+
+def _words(values: Any, count: int) -> tuple[int, ...]:
+    return tuple(values[i] for i in range(min(count, 16)))
+
+
+_DECODERS: dict[int, Callable[[Any], Exit]] = {
+    lib.KVM_EXIT_HLT: lambda run: exits.Hlt(),
+    lib.KVM_EXIT_SHUTDOWN: lambda run: exits.Shutdown(),
+    lib.KVM_EXIT_INTERNAL_ERROR: _internal_error,
+    lib.KVM_EXIT_FAIL_ENTRY: lambda run: exits.FailEntry(
+        run.fail_entry.hardware_entry_failure_reason, run.fail_entry.cpu
+    ),
+    lib.KVM_EXIT_DEBUG: lambda run: exits.Debug(
+        run.debug.arch.exception, run.debug.arch.pc, run.debug.arch.dr6, run.debug.arch.dr7
+    ),
+    lib.KVM_EXIT_HYPERCALL: lambda run: exits.Hypercall(run.hypercall.nr, _words(run.hypercall.args, 6)),
+    lib.KVM_EXIT_SYSTEM_EVENT: lambda run: exits.SystemEvent(
+        run.system_event.type, _words(run.system_event.data, run.system_event.ndata)
+    ),
+    lib.KVM_EXIT_IOAPIC_EOI: lambda run: exits.IoapicEoi(run.eoi.vector),
+    lib.KVM_EXIT_X86_RDMSR: lambda run: exits.Rdmsr(run.msr.index, run.msr.reason),
+    lib.KVM_EXIT_X86_WRMSR: lambda run: exits.Wrmsr(run.msr.index, run.msr.data, run.msr.reason),
+    lib.KVM_EXIT_IRQ_WINDOW_OPEN: lambda run: exits.IrqWindowOpen(),
+}
+
+
+def decode(run: Any, reason: int) -> Exit:
+    """Return the exit that ``run``, a ``struct kvm_run *``, describes."""
+    build = _DECODERS.get(reason)
+    return build(run) if build else exits.Unknown(reason)

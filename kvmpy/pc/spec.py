@@ -1,0 +1,75 @@
+"""What a PC shall be: the typed description from which `Pc` builds one. Says, never does."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvmpy.machine.boot.plan import BootOptions
+from kvmpy.machine.bus import Mode
+from kvmpy.units import PAGE_SIZE, MiB, format_size
+
+DEVICES = ("serial", "debugcon", "exit", "cmos", "keyboard", "port92", "reset", "acpi")
+"""The names under which the devices of a PC stand in traces, counts and ``device_modes``."""
+
+
+class DebugExit(StrEnum):
+    """What a write of v to the exit port makes of the exit status."""
+
+    KVMPY = "kvmpy"
+    """v & 0x7f"""
+    QEMU = "qemu"
+    """(v << 1) | 1, as QEMU's isa-debug-exit"""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """A PC with ``cores`` vCPUs and ``memory`` bytes of RAM that boots the file ``boot``.
+
+    ``boot_options``: format, command line, modules and the rest of what a boot protocol takes.
+    ``name``, ``id`` (16 bytes; random when None) and ``parameters`` go to the guest's parameter page.
+    ``pin`` gives each vCPU its host CPU. ``dedicated`` is the type-1 style of `kvmpy.pc.dedicated`.
+    ``device_modes`` turns a device (see DEVICES) to Python or to traced. ``trace_exits`` brings every exit to Python.
+    ``measure_time`` accounts the time inside KVM_RUN. ``max_exits`` is a budget for each vCPU.
+
+    Raises:
+        ValueError: a figure is outside what any host allows; the message says the range.
+    """
+
+    boot: str | os.PathLike[str]
+    cores: int = 1
+    memory: int = 128 * MiB
+    boot_options: BootOptions = field(default_factory=BootOptions)
+    name: str = "kvmpy"
+    id: bytes | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    hugepages: bool = False
+    dedicated: bool = False
+    pin: tuple[int, ...] = ()
+    debug_exit: DebugExit = DebugExit.KVMPY
+    device_modes: Mapping[str, Mode] = field(default_factory=dict)
+    trace_exits: bool = False
+    measure_time: bool = False
+    max_exits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cores < 1:
+            raise ValueError(f"{self.cores} cores: allowed is 1 to what the host's KVM gives")
+        host = host_memory()
+        if not MiB <= self.memory <= host or self.memory % PAGE_SIZE:
+            raise ValueError(
+                f"memory of {format_size(self.memory)}: allowed is 1 MiB to {format_size(host)} (this host's), "
+                "in multiples of 4 KiB"
+            )
+        if self.pin and len(self.pin) != self.cores:
+            raise ValueError(f"{len(self.pin)} host CPUs to pin to for {self.cores} cores: give one for each")
+        if self.pin and self.dedicated:
+            raise ValueError("dedicated chooses the host CPUs itself: it excludes pin")
+        unknown = set(self.device_modes) - set(DEVICES)
+        if unknown:
+            raise ValueError(f"no device {sorted(unknown)[0]!r}: there are {', '.join(DEVICES)}")
+
+
+def host_memory() -> int:
+    """Return the physical memory of this host in bytes, a multiple of the page size."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
