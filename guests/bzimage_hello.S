@@ -4,7 +4,7 @@
 # Mode:      bzImage, long mode
 # Run:       --append penguin
 # Memory:    0x100000 code, behind two sectors that stay in the file   %rsi boot_params
-# Exits:     IoOut port=0xe9 x* ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x22 ; IoOut port=0xf4
 # Prints:    64-bit entry: penguin
 # Exercise:  print boot_params.e820_entries (offset 0x1e8), then the table itself (offset 0x2d0, 20 bytes an entry).
 #include "abi.h"

@@ -3,7 +3,7 @@
 # Teaches:   program headers say what to load where, e_entry where to begin; the VMM sets the mode up   (ELF gABI, chapter 5)
 # Mode:      ELF32, protected mode, CPL0
 # Memory:    0x100000 code   the stack in .bss behind it
-# Exits:     IoOut port=0xe9 x33 ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x34 ; IoOut port=0xf4
 # Prints:    protected mode, cr0 bit 0 is 1
 # Prints:    ok
 # Exercise:  `kvmpy inspect` shows two segments. Which one is longer in memory than in the file, and who clears the rest?

@@ -3,7 +3,7 @@
 # Teaches:   IDT, stack frame, error code and CR2: #DE, #UD and #PF stay inside the guest, no exit   (Intel SDM vol. 3 chapter 7)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   IDT and stack in .bss   0x7f0000000000 is mapped nowhere
-# Exits:     IoOut port=0xe9 x81 ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x86 ; IoOut port=0xf4
 # Prints:    #DE divide error
 # Prints:    #UD invalid opcode
 # Prints:    #PF page fault at 00007f0000000000, error 2

@@ -3,7 +3,7 @@
 # Teaches:   CPUID leaf 0x40000000 names KVM; a hypercall from CPL3 is answered with -EPERM or faults, as the host has it
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   page tables, GDT and TSS: see user.inc
-# Exits:     IoOut port=0xe9 x61 ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x65 ; IoOut port=0xf4
 # Prints:    hypervisor: KVMKVMKVM
 # Prints:    vmcall: back
 # Prints:    vmmcall: back

@@ -4,7 +4,7 @@
 # Mode:      multiboot 2, protected mode
 # Run:       --append hello
 # Memory:    0x100000 code   %ebx the boot information
-# Exits:     IoOut port=0xe9 x* ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x190 ; IoOut port=0xf4
 # Prints:    command line: hello
 # Prints:    0000000000000000 + 000000000009fc00 ram
 # Prints:    000000000009fc00 + 0000000000060400 reserved

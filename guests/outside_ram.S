@@ -4,7 +4,7 @@
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   0x8000000 the end of 128 MiB, which the parameter page tells
 # Exits:     MmioWrite gpa=0x8000000 size=8 ; MmioRead gpa=0x8000000 size=8 ; MmioWrite gpa=0x8000000 size=4
-# Exits:     IoOut port=0xe9 x36 ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x42 ; IoOut port=0xf4
 # Prints:    read beyond: ffffffff
 # Prints:    last word: 76543210
 # Exercise:  run with --mem 1M: which line of the listing fails now, and what is at the addresses that it uses?

@@ -4,7 +4,7 @@
 # Mode:      ELF64, long mode, CPL0
 # Run:       --cores 2
 # Memory:    0x100000 code   0xe0000 the parameter page
-# Exits:     IoOut port=0xe9 x* ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x36 ; IoOut port=0xf4
 # Prints:    name: params
 # Prints:    cores: 2
 # Prints:    heartbeats: 3

@@ -4,7 +4,7 @@
 # Mode:      PVH, protected mode
 # Run:       --append world
 # Memory:    0x100000 code   %ebx the start information
-# Exits:     IoOut port=0xe9 x* ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x31 ; IoOut port=0xf4
 # Prints:    PVH says: world
 # Prints:    map entries: 4
 # Exercise:  make the ELF entry point (-e) another label than the note's. Which one does kvmpy take, and what does inspect say?

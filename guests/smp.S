@@ -4,7 +4,7 @@
 # Mode:      multiboot 1, protected mode
 # Run:       --cores 2 --mem 3.5G
 # Memory:    0x8000 start of the other cores   0x100000 code   0x1000000 page directories, if there is RAM above 4 GiB
-# Exits:     (IoIn port=0x3fd | IoOut port=0x3f8) x* ; IoOut port=0xf4 data=0x0
+# Exits:     (IoIn port=0x3fd ; IoOut port=0x3f8) x293 ; IoOut port=0xf4 data=0x0
 # Exits:     vcpu 1: (IoIn port=0x3fd ; IoOut port=0x3f8) x18
 # Prints:    kvmpy guest, 2 cores
 # Prints:    0000000000000000 + 000000000009fc00 ram
@@ -14,7 +14,7 @@
 # Prints:    0000000100000000 + 0000000020000000 ram
 # Prints:    core 0: APIC id 0
 # Prints:    core 1: APIC id 1
-# Prints:    256 words above 4 GiB, sum 0000011fe0000000
+# Prints:    256 words above 4 GiB, sum 0000010ff0000000
 # Exercise:  start all cores at once (ICR 0xc4500 and 0xc4608): what else must each have for its own, besides the lock?
 #include "abi.h"
 #include "ap.inc"
@@ -39,8 +39,7 @@
         .globl  _start
 _start:
         movl    $stack_end, %esp
-        movl    %eax, %edi
-        movl    %ebx, %esi
+        movl    %eax, %ebp
         movl    %cr4, %eax
         orl     $CR4_PAE, %eax
         movl    %eax, %cr4
@@ -62,6 +61,8 @@ long_mode:
         movw    %ax, %ss
         call    prepare_trampoline
         movl    $ap_stack_end, ap_stack
+        movl    %ebp, %edi
+        movl    %ebx, %esi
         call    smp_main
         outb    %al, $KVMPY_PORT_EXIT   # what it returned is the status
 1:      hlt

@@ -3,7 +3,7 @@
 # Teaches:   the processor gives up: KVM_EXIT_SHUTDOWN, and a report with the registers   (Intel SDM vol. 3 section 7.15)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code
-# Exits:     IoOut port=0xe9 x15 ; Shutdown
+# Exits:     IoOut port=0xe9 x16 ; Shutdown
 # Prints:    three, two, ...
 # Status:    198
 # Exercise:  give vector 6 a gate that points to an unmapped page. How many faults are there now, and which?

@@ -72,6 +72,7 @@ def test_every_table_sums_to_zero_and_lies_apart(cores: int) -> None:
     tables = Tables(cores)
     assert tables.rsdp_length == 36
     assert sum(tables.bytes[:36]) & 0xFF == 0
+    assert (tables.bytes[15], tables.bytes[33:36]) == (2, bytes(3))
     assert set(tables.at) == {"RSDT", "XSDT", "FACP", "APIC", "DSDT", "FACS"}
     assert tables.at["FACS"] % 64 == 0
     end = layout.ACPI_TABLES + 36

@@ -1,0 +1,1 @@
+"""The command line: parses, prints, never decides. One module a command, imported only when that command is used."""
