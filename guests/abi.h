@@ -38,4 +38,4 @@
 
 #define KVMPY_REQUEST_NONE        0
 #define KVMPY_REQUEST_STOP        1
-#define KVMPY_STOP_GSI            10
+#define KVMPY_STOP_GSI            10  /* an ISA IRQ that no device of ours has */

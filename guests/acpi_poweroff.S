@@ -1,6 +1,6 @@
 # acpi_poweroff.S -- switch the machine off, as an operating system does
 #
-# Teaches:   RSDP, XSDT, FADT, and the PM1a control register: SLP_TYP with SLP_EN   (ACPI 6.5 sections 5.2.5 to 5.2.9, 4.8.3.2)
+# Teaches:   RSDP, XSDT, FADT, and what a write to PM1a control does   (ACPI 6.5 sections 5.2.5 to 5.2.9, 4.8.3.2)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   0xe0000 to 0xfffff: where a BIOS puts the RSDP, on a boundary of 16
 # Exits:     IoOut port=0xe9 x31 ; IoOut port=0x604 size=2 data=0x3400

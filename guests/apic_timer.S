@@ -1,6 +1,6 @@
 # apic_timer.S -- the timer that every core has for itself
 #
-# Teaches:   the local APIC's registers are memory at 0xfee00000, answered in the kernel: no exits   (Intel SDM vol. 3 section 12.5.4)
+# Teaches:   the local APIC is memory that the kernel answers: MMIO without exits   (Intel SDM vol. 3 section 11.5.4)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   IDT and stack in .bss   0xfee00000 local APIC
 # Exits:     IoOut port=0xe9 x14 ; IoOut port=0xf4

@@ -24,10 +24,11 @@ IMAGE_LESSON = "smp"
 TOOLS = {"gcc": "gcc", "ld": "binutils", "objcopy": "binutils"}
 COMPILE = ["gcc", "-c", "-m64", f"-I{HERE}", "-Wall", "-Wextra"]
 # A kernel's C: no red zone (interrupts), no SSE (nobody has enabled it), nothing that wants a run-time library.
-FREESTANDING = (
-    "-O2 -std=gnu11 -march=x86-64 -ffreestanding -fno-builtin -mgeneral-regs-only -mno-red-zone -fno-pic -fno-pie "
-    "-fno-stack-protector -fno-asynchronous-unwind-tables -fcf-protection=none -fno-strict-aliasing"
-).split()
+FREESTANDING = [
+    *("-O2", "-std=gnu11", "-march=x86-64", "-mgeneral-regs-only", "-mno-red-zone", "-ffreestanding", "-fno-builtin"),
+    *("-fno-pic", "-fno-pie", "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
+    "-fno-strict-aliasing",
+]
 LINK = ["ld", "-m", "elf_x86_64", "-static", "-nostdlib", "-z", "max-page-size=0x1000", "-z", "noexecstack"]
 
 
@@ -74,9 +75,11 @@ def image(source: Path) -> Path:
 
 
 def run(*command: str | Path) -> None:
+    """Run a tool; what it says is shown, and its failure ends the build."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{result.stderr}".rstrip())
+    sys.stderr.write(result.stderr)
 
 
 def build(source: Path) -> Path:

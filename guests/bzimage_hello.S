@@ -1,6 +1,6 @@
 # bzimage_hello.S -- looks like Linux from outside
 #
-# Teaches:   the setup header, and the 64-bit entry 0x200 behind the kernel's start   (Linux, Documentation/arch/x86/boot.rst)
+# Teaches:   the setup header, and a 64-bit entry 0x200 behind the start   (Linux, Documentation/arch/x86/boot.rst)
 # Mode:      bzImage, long mode
 # Run:       --append penguin
 # Memory:    0x100000 code, behind two sectors that stay in the file   %rsi boot_params

@@ -1,12 +1,12 @@
 # elf32_hello.S -- an ELF file without any boot protocol, entered in protected mode
 #
-# Teaches:   program headers say what to load where, e_entry where to begin; the VMM sets the mode up   (ELF gABI, chapter 5)
+# Teaches:   program headers say what goes where, e_entry where to begin   (System V ABI 4.1, chapters 4 and 5)
 # Mode:      ELF32, protected mode, CPL0
 # Memory:    0x100000 code   the stack in .bss behind it
 # Exits:     IoOut port=0xe9 x34 ; IoOut port=0xf4
 # Prints:    protected mode, cr0 bit 0 is 1
 # Prints:    ok
-# Exercise:  `kvmpy inspect` shows two segments. Which one is longer in memory than in the file, and who clears the rest?
+# Exercise:  `kvmpy inspect` shows two segments. Which is longer in memory than in the file? Who clears the rest?
 #include "abi.h"
 
         .code32

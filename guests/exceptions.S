@@ -1,6 +1,6 @@
 # exceptions.S -- three faults, three handlers
 #
-# Teaches:   IDT, stack frame, error code and CR2: #DE, #UD and #PF stay inside the guest, no exit   (Intel SDM vol. 3 chapter 7)
+# Teaches:   IDT, stack frame, error code, CR2: faults stay inside the guest, no exit   (Intel SDM vol. 3 chapter 6)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   IDT and stack in .bss   0x7f0000000000 is mapped nowhere
 # Exits:     IoOut port=0xe9 x86 ; IoOut port=0xf4

@@ -1,6 +1,6 @@
 # hypercall.S -- ask the hypervisor: who are you, and do you take a call from a user?
 #
-# Teaches:   CPUID leaf 0x40000000 names KVM; a hypercall from CPL3 is answered with -EPERM or faults, as the host has it
+# Teaches:   CPUID leaf 0x40000000 names KVM; a hypercall from CPL3 gives -EPERM or a fault, as the host has it
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   page tables, GDT and TSS: see user.inc
 # Exits:     IoOut port=0xe9 x65 ; IoOut port=0xf4
@@ -8,7 +8,7 @@
 # Prints:    vmcall: back
 # Prints:    vmmcall: back
 # Prints:    the guest lives
-# Exercise:  print what came back. -1 is EPERM: KVM knows the call but not the caller. Which vendor has which instruction?
+# Exercise:  print what came back. -1 is EPERM: not for this caller. Which vendor has which instruction?
 #include "abi.h"
 #include "idt.inc"
 

@@ -1,10 +1,10 @@
 # ipi.S -- two cores wake each other, ten times
 #
-# Teaches:   a fixed interrupt from core to core through the local APIC's command register   (Intel SDM vol. 3 section 12.6.1)
+# Teaches:   a fixed interrupt from core to core: the interrupt command register   (Intel SDM vol. 3 section 11.6.1)
 # Mode:      ELF64, long mode, CPL0
 # Run:       --cores 2
 # Memory:    0x8000 start of the other core   0x100000 code   0xfee00000 local APIC
-# Exits:     IoOut port=0xe9 x20 ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x19 ; IoOut port=0xf4
 # Prints:    pings 10, pongs 10
 # Exercise:  send through the x2APIC (MSR 0x830) instead. Which of the two is cheaper under --stats?
 #include "abi.h"

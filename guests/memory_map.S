@@ -1,6 +1,6 @@
 # memory_map.S -- where may a kernel put things? The loader says, by multiboot 2
 #
-# Teaches:   tags of 8-byte alignment, and a memory map with holes   (Multiboot 2.0 sections 3.4.2, 3.6.8)
+# Teaches:   tags of 8-byte alignment, and a memory map with holes   (Multiboot2 2.0 section 3.6)
 # Mode:      multiboot 2, protected mode
 # Run:       --append hello
 # Memory:    0x100000 code   %ebx the boot information

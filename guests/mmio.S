@@ -1,6 +1,6 @@
 # mmio.S -- loads and stores where no RAM is
 #
-# Teaches:   an address without a memory slot is a device's: kvm_run.mmio, 1 to 8 bytes   (KVM API section 5, KVM_EXIT_MMIO)
+# Teaches:   an address without a memory slot is a device's: kvm_run.mmio   (KVM API section 5, KVM_EXIT_MMIO)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   0xc0000000 the hole below 4 GiB, on every machine
 # Exits:     MmioWrite gpa=0xc0000000 size=1 data=0x11 ; MmioWrite gpa=0xc0000002 size=2 data=0x2222

@@ -1,6 +1,6 @@
 # mp_table.S -- how many processors does this board have?
 #
-# Teaches:   the MP floating pointer, and a table whose entries have two sizes   (MultiProcessor Specification 1.4, chapter 4)
+# Teaches:   the MP floating pointer, and entries of two sizes   (MultiProcessor Specification 1.4, chapter 4)
 # Mode:      ELF64, long mode, CPL0
 # Run:       --cores 2
 # Memory:    0x100000 code   0x9fc00 the extended BIOS data area, where the pointer is

@@ -5,7 +5,7 @@
 # Memory:    0x100000 code   page tables, GDT and TSS: see user.inc
 # Exits:     IoOut port=0xe9 x16 ; IoOut port=0xf4
 # Prints:    turns: 50000000
-# Exercise:  run the loop at CPL0 with 500,000 turns and compare `--stats`. Some hosts emulate a guest's kernel, and are slow there.
+# Exercise:  run the loop at CPL0 with 500,000 turns and compare `--stats`: some hosts emulate kernel code.
 #include "abi.h"
 #include "idt.inc"
 

@@ -1,12 +1,14 @@
 # params.S -- who am I? The parameter page
 #
-# Teaches:   a page of RAM that the VMM fills before the first instruction: name, cores, pairs, a heartbeat   (guests/abi.h)
+# Teaches:   a page that the VMM fills before the first instruction: name, cores, pairs, heartbeat   (guests/abi.h)
 # Mode:      ELF64, long mode, CPL0
-# Run:       --cores 2
+# Run:       --cores 2 --param colour=green --param legs=4
 # Memory:    0x100000 code   0xe0000 the parameter page
-# Exits:     IoOut port=0xe9 x36 ; IoOut port=0xf4
+# Exits:     IoOut port=0xe9 x56 ; IoOut port=0xf4
 # Prints:    name: params
 # Prints:    cores: 2
+# Prints:    colour=green
+# Prints:    legs=4
 # Prints:    heartbeats: 3
 # Exercise:  print the 16 bytes of the id as a UUID is written: 8-4-4-4-12 digits. Is it another one at each run?
 #include "abi.h"

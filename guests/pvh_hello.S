@@ -7,7 +7,7 @@
 # Exits:     IoOut port=0xe9 x31 ; IoOut port=0xf4
 # Prints:    PVH says: world
 # Prints:    map entries: 4
-# Exercise:  make the ELF entry point (-e) another label than the note's. Which one does kvmpy take, and what does inspect say?
+# Exercise:  let the ELF header's entry differ from the note's (ENTRY in elf.ld). Which one does kvmpy take?
 #include "abi.h"
 
 #define XEN_ELFNOTE_PHYS32_ENTRY 18

@@ -5,7 +5,7 @@
 # Memory:    0x1000 code   0x1100 the string
 # Exits:     IoOut port=0xe9 x13 ; IoOut port=0xf4
 # Prints:    Hello, world
-# Exercise:  run with --trace. Is it one exit with count=13 or 13 with count=1? The header counts bytes, for hosts differ.
+# Exercise:  run with --trace. One exit with count=13, or 13 with count=1? Hosts differ, so the header counts bytes.
 #include "abi.h"
 
         .code16

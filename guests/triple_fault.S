@@ -1,6 +1,6 @@
 # triple_fault.S -- a fault, while delivering it another, and no way left to report that
 #
-# Teaches:   the processor gives up: KVM_EXIT_SHUTDOWN, and a report with the registers   (Intel SDM vol. 3 section 7.15)
+# Teaches:   the processor gives up: KVM_EXIT_SHUTDOWN, and a report   (Intel SDM vol. 3 section 6.15, double fault)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code
 # Exits:     IoOut port=0xe9 x16 ; Shutdown

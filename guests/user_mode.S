@@ -1,6 +1,6 @@
 # user_mode.S -- down to CPL3 and back by a gate: a system call
 #
-# Teaches:   IRETQ lowers the privilege, an IDT gate with DPL 3 raises it, the TSS names the stack   (Intel SDM vol. 3 section 7.12)
+# Teaches:   IRETQ lowers privilege, a gate with DPL 3 raises it, from a stack of the TSS   (Intel SDM vol. 3 section 6.12)
 # Mode:      ELF64, long mode, CPL0
 # Memory:    0x100000 code   page tables, GDT and TSS: see user.inc
 # Exits:     IoOut port=0xe9 x52 ; IoOut port=0xf4

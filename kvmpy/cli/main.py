@@ -9,9 +9,8 @@ import sys
 from importlib import import_module
 from typing import Protocol, cast
 
-from kvmpy.cli.messages import describe, say, show
-from kvmpy.cli.parser import Parser, UsageError
-from kvmpy.errors import GuestError, ImageError, KvmpyError
+from kvmpy.cli.messages import UsageError, fail
+from kvmpy.cli.parser import Parser
 
 COMMANDS = {
     "run": ("kvmpy.cli.run", "boot an image and show what it prints"),
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as end:  # --help
         return end.code if isinstance(end.code, int) else 0
     except Exception as error:
-        return _failed(error)
+        return fail(error)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -84,34 +83,6 @@ def _version() -> str:
 
     system = os.uname()
     return f"kvmpy {__version__} (Python {sys.version.split()[0]}, {system.sysname} {system.release})"
-
-
-def _failed(error: Exception) -> int:
-    """Print why, in one line, and return the status that blames the right one."""
-    from kvmpy.pc.result import ExitStatus
-
-    match error:
-        case UsageError() | ValueError():
-            status = ExitStatus.USAGE
-        case ImageError():
-            status = ExitStatus.IMAGE
-        case GuestError():
-            status = ExitStatus.CRASH
-        case KvmpyError() | OSError() | MemoryError():
-            status = ExitStatus.HOST
-        case _:
-            report_fault(error)
-            return int(ExitStatus.HOST)
-    say(describe(error))
-    return int(status)
-
-
-def report_fault(error: BaseException) -> None:
-    """Print the traceback of what should not have happened."""
-    import traceback
-
-    show("".join(traceback.format_exception(error)))
-    say(f"this is a fault in a device or in kvmpy itself: {type(error).__name__}")
 
 
 def _keep_standard_descriptors() -> None:

@@ -4,17 +4,11 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from kvmpy.cli.messages import UsageError
 from kvmpy.units import parse_size
 
 T = TypeVar("T")
 ADDRESS_LIMIT = 1 << 64
-
-
-class UsageError(Exception):
-    """The command line makes no sense. ``command`` is whose ``--help`` explains it."""
-
-    def __init__(self, message: str, command: str = "kvmpy") -> None:
-        super().__init__(f"{message} (see {command} --help)")
 
 
 class Parser(argparse.ArgumentParser):

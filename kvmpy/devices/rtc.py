@@ -153,7 +153,7 @@ class Cmos:
         second, minute, day, month, year, century = (
             self._decode(self._bytes[register]) for register in (SECONDS, MINUTES, DAY, MONTH, YEAR, CENTURY)
         )
-        days = days_since_1970(100 * century + year, min(max(month, 1), 12), day)
+        days = days_since_1970(100 * century + year, month, day)
         self._ahead = ((days * 24 + hour) * 60 + minute) * 60 + second - int(self._now())
 
     def _decode(self, byte: int) -> int:
@@ -161,7 +161,7 @@ class Cmos:
 
 
 def days_since_1970(year: int, month: int, day: int) -> int:
-    """Return the days from 1 January 1970 to a Gregorian date; ``month`` is 1 to 12, ``day`` any number.
+    """Return the days from 1 January 1970 to a Gregorian date; ``month`` 0 is the December before, ``day`` any number.
 
     `time` has no inverse of gmtime, and `calendar` costs the start of each run more than these lines.
     """

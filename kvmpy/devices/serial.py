@@ -73,7 +73,7 @@ class Uart16550:
         self._lock = Lock()
         self._queue = bytearray()  # fed by the host, not yet arrived
         self._received: deque[int] = deque()
-        self._sending = bytearray()  # empty unless the output is full
+        self._sending = bytearray()  # the transmit FIFO: empty unless the output is full
         self._divisor = [DIVISOR_115200, 0]
         self._ier = self._lcr = self._mcr = self._scr = 0
         self._modem_deltas = 0
@@ -106,7 +106,7 @@ class Uart16550:
         self._tell(drained)
 
     def _retry(self) -> None:
-        """Send what waits: the reader has made room. A driver that sleeps until THRE interrupts depends on it."""
+        """Send what waits: the reader has made room. Nothing else would wake a driver that sleeps until THRE."""
         with self._lock:
             self._send()
             self._settle()
@@ -120,7 +120,6 @@ class Uart16550:
     def read(self, offset: int, size: int) -> bytes:
         """Return ``size`` registers from ``offset``."""
         with self._lock:
-            self._send()
             data = bytes(self._read_register((offset + i) % SERIAL_SIZE) for i in range(size))
             drained = self._settle()
         self._tell(drained)
@@ -129,7 +128,6 @@ class Uart16550:
     def write(self, offset: int, data: bytes) -> None:
         """Write ``data`` into the registers from ``offset``."""
         with self._lock:
-            self._send()
             for i, value in enumerate(data):
                 self._write_register((offset + i) % SERIAL_SIZE, value)
             drained = self._settle()
@@ -191,9 +189,6 @@ class Uart16550:
             room = self._trigger - len(self._received)
             self._received.extend(self._queue[:room])
             del self._queue[:room]
-        self._time_out()
-
-    def _time_out(self) -> None:
         self._timed_out = self._fifo_size > 1 and 0 < len(self._received) < self._trigger
 
     def _read_rbr(self) -> int:
@@ -230,11 +225,10 @@ class Uart16550:
 
     def _send(self) -> None:
         """Move the transmit FIFO to the output, as far as there is room."""
-        if not self._sending:
-            return
+        waited = bool(self._sending)
         while self._sending and self._output.push(bytes(self._sending[:1])):
             del self._sending[0]
-        if not self._sending:
+        if waited and not self._sending:
             self._empty_thr()
 
     def _empty_thr(self) -> None:
@@ -260,7 +254,6 @@ class Uart16550:
             self._received.clear()
         if changed or (size > 1 and value & lib.UART_FCR_CLEAR_XMIT):
             self._clear_transmit_fifo()
-        self._time_out()
 
     def _clear_transmit_fifo(self) -> None:
         if self._sending:
@@ -329,7 +322,7 @@ class Uart16550:
         self._drive()
         plain = not (self._lcr & lib.UART_LCR_DLAB or self._mcr & lib.UART_MCR_LOOP or self._ier & lib.UART_IER_THRI)
         self._thr.on_write = Action.SERIAL if plain and not self._sending else Action.TO_PYTHON
-        if self._sending or self._overrun or self._can_arrive():
+        if self._overrun or self._can_arrive():
             self._lsr.on_read = Action.TO_PYTHON
         else:
             self._lsr.value = self._line_status()

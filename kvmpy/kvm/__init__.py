@@ -2,8 +2,11 @@
 
 One class for each kind of file descriptor, methods named after the ioctls, exits as a closed set of types. Knows no
 board and no boot protocol; imports the C shim and nothing else of kvmpy but errors and units.
+
+``lib`` has every constant of the KVM headers under its own name: ``lib.KVM_CAP_IRQCHIP``, ``lib.KVM_MEM_READONLY``.
 """
 
+from kvmpy._shim import lib
 from kvmpy.kvm.decode import ExitRecord
 from kvmpy.kvm.exits import (
     BudgetSpent,
@@ -63,4 +66,5 @@ __all__ = [
     "Vcpu",
     "Vm",
     "Wrmsr",
+    "lib",
 ]

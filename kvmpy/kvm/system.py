@@ -30,7 +30,8 @@ class Kvm:
         KvmUnavailable: it is missing, forbidden, or speaks another API version; the message says the fix.
     """
 
-    def __init__(self, path: str = DEVICE) -> None:
+    def __init__(self, path: str | None = None) -> None:
+        path = DEVICE if path is None else path
         self.path = path
         self.fd = -1
         try:

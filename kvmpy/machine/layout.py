@@ -4,6 +4,7 @@
 
     0x0000_0000  +-------------------------------+
                  | free for the guest            |  page 0 included; a guest may relocate code here
+    0x0000_0400  |   BIOS data area: two words  |  where the EBDA is; a guest may overwrite them
     0x0000_7c00  |   boot sector (one page)      |  only when a boot sector is what boots
     0x0009_fc00  +-------------------------------+  EBDA
                  | MP floating pointer           |
@@ -35,6 +36,8 @@ from kvmpy.units import PAGE_SIZE, GiB, KiB, MiB
 
 BOOT_SECTOR = 0x7C00
 EBDA = 0x9_FC00
+BDA_EBDA_SEGMENT = 0x40E
+BDA_BASE_MEMORY = 0x413
 LOW_RAM_END = EBDA
 VIDEO = 0xA_0000
 

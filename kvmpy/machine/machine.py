@@ -30,7 +30,8 @@ from kvmpy.kvm import (
     Vcpu,
 )
 from kvmpy.kvm.ranges import FastRange
-from kvmpy.machine import layout
+from kvmpy.kvm.vm import IrqchipRoute
+from kvmpy.machine import layout, mptable
 from kvmpy.machine.bus import AddressRange, Bus, Mode
 from kvmpy.machine.cpuid import cpuid_for
 from kvmpy.machine.memory import GuestMemory
@@ -41,6 +42,7 @@ PHYSICAL_ADDRESSES = 1 << 52
 LINT0, LINT1 = 0x350, 0x360  # local APIC registers (Intel SDM vol. 3, table 11-1)
 LVT_EXTINT, LVT_NMI = 0x700, 0x400
 MAX_XAPIC_ID = 254
+IOAPIC_PINS = 24
 
 
 class EndReason(StrEnum):
@@ -68,6 +70,19 @@ class End:
     value: int = 0
     exit: Exit | None = None
     error: BaseException | None = None
+
+
+def _pc_routes() -> Iterator[IrqchipRoute]:
+    """Wire the GSIs as a PC does: ISA interrupts reach a PIC and the IOAPIC, the PIT's GSI 0 the IOAPIC's pin 2.
+
+    KVM's own table has GSI 0 on pin 0; the MP table and the MADT say pin 2, as on every PC.
+    """
+    for gsi in range(16):
+        chip = lib.KVM_IRQCHIP_PIC_MASTER if gsi < 8 else lib.KVM_IRQCHIP_PIC_SLAVE
+        yield IrqchipRoute(gsi, chip, gsi % 8)
+    for gsi in range(IOAPIC_PINS):
+        if gsi != mptable.PIT_PIN:
+            yield IrqchipRoute(gsi, lib.KVM_IRQCHIP_IOAPIC, gsi or mptable.PIT_PIN)
 
 
 Tracer = Callable[[Vcpu, Exit], None]
@@ -127,6 +142,7 @@ class Machine:
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.TSS)
         vm.create_irqchip()
+        vm.set_gsi_routing(_pc_routes())
         vm.create_pit2()
         # Without it the host's KVM turns some emulation failures into #UD for the guest, and we would not see them.
         if vm.check_extension(lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE):

@@ -74,14 +74,14 @@ class GuestMemory:
         base = int(ffi.cast("uintptr_t", ffi.from_buffer(self._mmap)))
         start = -base % HUGE_PAGE_SIZE if hugepages else 0
         self.hva = base + start
-        self._view = memoryview(self._mmap)[start : start + size]
+        self._view = memoryview(self._mmap)
         self.backing = ("memfd" if shared else "anonymous memory") + (", 2 MiB pages" if hugepages else "")
-        self.regions: tuple[MemoryRegion, ...] = tuple(self._regions())
+        self.regions: tuple[MemoryRegion, ...] = tuple(self._regions(start))
 
-    def _regions(self) -> Iterator[MemoryRegion]:
-        offset = 0
+    def _regions(self, start: int) -> Iterator[MemoryRegion]:
+        offset = start
         for gpa, size in layout.ram_ranges(self.size):
-            yield MemoryRegion(gpa, size, offset, self.hva + offset)
+            yield MemoryRegion(gpa, size, offset, self.hva + offset - start)
             offset += size
 
     def map_into(self, vm: SlotOwner, *, first_slot: int = 0) -> None:

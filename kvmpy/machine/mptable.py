@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from kvmpy.machine import layout
 from kvmpy.machine.memory import GuestMemory
+from kvmpy.units import KiB
 
 SPEC_REVISION = 4
 LOCAL_APIC_VERSION = 0x14
@@ -60,6 +61,9 @@ def write(memory: GuestMemory, cores: int) -> None:
     table = build(cores)
     memory.write(layout.EBDA, floating_pointer())
     memory.write(layout.MP_TABLE, table)
+    # Kernels that search as the specification says start from these two words of the BIOS data area (MP 1.4 §4).
+    memory.write(layout.BDA_EBDA_SEGMENT, (layout.EBDA >> 4).to_bytes(2, "little"))
+    memory.write(layout.BDA_BASE_MEMORY, (layout.EBDA // KiB).to_bytes(2, "little"))
 
 
 def floating_pointer() -> bytes:

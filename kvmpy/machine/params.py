@@ -14,9 +14,6 @@ from kvmpy._shim import lib
 from kvmpy.machine import layout
 from kvmpy.machine.memory import GuestMemory
 
-STOP_GSI = 10
-"""The GSI that is raised with a request, told to the guest in the page: an ISA IRQ that no device of ours has."""
-
 ID_SIZE = 16
 PAIRS_ROOM = lib.KVMPY_PARAMS_SIZE - lib.KVMPY_PARAMS_OFF_PAIRS
 
@@ -68,7 +65,7 @@ def build(memory_size: int, cores: int, parameters: Parameters) -> bytes:
         (lib.KVMPY_PARAMS_OFF_NAME, f"{lib.KVMPY_PARAMS_NAME_SIZE}s", name),
         (lib.KVMPY_PARAMS_OFF_RAM_LOW, "<Q", low),
         (lib.KVMPY_PARAMS_OFF_RAM_HIGH, "<Q", high),
-        (lib.KVMPY_PARAMS_OFF_STOP_GSI, "<I", STOP_GSI),
+        (lib.KVMPY_PARAMS_OFF_STOP_GSI, "<I", lib.KVMPY_STOP_GSI),
         (lib.KVMPY_PARAMS_OFF_REQUEST, "<I", lib.KVMPY_REQUEST_NONE),
         (lib.KVMPY_PARAMS_OFF_PAIRS_LEN, "<I", len(pairs)),
         (lib.KVMPY_PARAMS_OFF_PAIRS, f"{PAIRS_ROOM}s", pairs),
@@ -131,7 +128,7 @@ class ParameterPage:
         return self._read(lib.KVMPY_PARAMS_OFF_ACK, 4)
 
     def request(self, code: int) -> None:
-        """Put ``code``, one of KVMPY_REQUEST_*, into the mailbox. The caller then raises `STOP_GSI`.
+        """Put ``code``, one of KVMPY_REQUEST_*, into the mailbox. The caller then raises `KVMPY_STOP_GSI`.
 
         Raises:
             ValueError: ``code`` has more than 32 bits.

@@ -157,6 +157,7 @@ class Pc:
     def _configure(self, vcpu: Vcpu) -> None:
         vcpu.set_budget(max_exits=self.spec.max_exits)
         vcpu.measure_time(self.spec.measure_time)
+        vcpu.trace_exits(self.spec.trace_exits)
 
     # --- running ------------------------------------------------------------------------------------------------
 

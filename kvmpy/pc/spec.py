@@ -63,6 +63,10 @@ class MachineSpec:
             )
         if self.pin and len(self.pin) != self.cores:
             raise ValueError(f"{len(self.pin)} host CPUs to pin to for {self.cores} cores: give one for each")
+        forbidden = sorted(set(self.pin) - os.sched_getaffinity(0))
+        if forbidden:
+            allowed = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise ValueError(f"host CPU {forbidden[0]} to pin to: this process may use {allowed}")
         if self.pin and self.dedicated:
             raise ValueError("dedicated chooses the host CPUs itself: it excludes pin")
         unknown = set(self.device_modes) - set(DEVICES)

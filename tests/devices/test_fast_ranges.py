@@ -47,7 +47,7 @@ class Board:
         pio.attach(COUNTER, 8, self.counters[0], name="counter")
         mmio.attach(MMIO, 8, Constant(0x0123_4567_89AB_CDEF, size=8), name="mmio constant")
         mmio.attach(MMIO + 8, 16, self.counters[1], name="mmio counter")
-        mmio.attach(MMIO + 32, 4, Sink(4), name="mmio sink")
+        mmio.attach(MMIO + 32, 8, Sink(8), name="mmio sink")
 
     def access(self, space, address, elements, *, is_write):
         """Do one exit's worth of accesses and return what a read gave."""
@@ -271,6 +271,7 @@ def test_string_that_does_not_fit_comes_to_python_whole(fast):
     out(fast, UART, *(bytes([byte]) for byte in b"0123456789"))
     assert fast.answered_in_c == 0
     assert inp(fast, UART + 5) == b"\x00"
+    assert fast.answered_in_c == 1
     assert fast.uart.lost == 1
     assert step(fast, ("drain",))[0] == b"01234567"
     assert step(fast, ("drain",))[0] == b"8"
@@ -302,4 +303,5 @@ def test_mmio_is_another_space(fast):
     """A port and a guest physical address of the same number are two things."""
     assert fast.access(Space.MMIO, CONSOLE, [b"x"], is_write=False) == b"\xff"
     assert fast.access(Space.MMIO, MMIO, [bytes(8)], is_write=False) == bytes.fromhex("efcdab8967452301")
-    assert fast.answered_in_c == 1
+    assert fast.access(Space.MMIO, MMIO + 32, [bytes(8)], is_write=False) == b"\xff" * 8
+    assert fast.answered_in_c == 2

@@ -79,6 +79,31 @@ def test_room_is_announced_after_bytes_were_taken(output):
     assert readable(output)
 
 
+def test_bytes_left_behind_wake_the_reader_again(output):
+    """A byte pushed while drain copies wakes nobody by itself, so drain leaves the event set for it."""
+    output.push(b"12345678")
+    output.capacity = 4  # drain stops early, as if the rest had come meanwhile
+    assert output.drain() == b"1234"
+    assert readable(output)
+    assert output.drain() == b"5678"
+    assert not readable(output)
+
+
+def test_push_after_close_touches_no_descriptor():
+    """The number of the event descriptor may belong to somebody else by then."""
+    output = SerialOutput(16)
+    descriptor = output.event_fd
+    output.close()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        assert other == descriptor
+        output.push(b"late")
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+    finally:
+        os.close(other)
+
+
 def test_close_is_idempotent_and_leaves_the_bytes():
     """The last bytes of a guest can be read after its machine was closed; no descriptor stays."""
     output = SerialOutput(16)

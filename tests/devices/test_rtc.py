@@ -109,6 +109,28 @@ def test_setting_the_time_moves_the_guests_clock_only(cmos, clock):
     assert get(cmos, CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS) == [0x20, 0x00, 1, 1, 0, 0, 0]
 
 
+def test_clock_stands_while_set(cmos, clock):
+    """MC146818 register B: SET stops the updates, and clears UIP."""
+    put(cmos, B, SET | HOURS_24)
+    clock.now += 1 - UPDATE_TIME / 2
+    assert get(cmos, A) == 0x26
+    clock.now += 3600
+    assert get(cmos, HOURS, MINUTES, SECONDS) == [0x13, 0x05, 0x59]
+
+
+def test_impossible_dates_are_days_and_months_further_on(cmos):
+    """The chip checks nothing; neither do we, and each register still reads as a byte."""
+    put(cmos, B, HOURS_24 | BINARY | SET)
+    for register in (SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY):
+        put(cmos, register, 0xFF)
+    put(cmos, B, HOURS_24 | BINARY)
+    century, year, month, day = get(cmos, CENTURY, YEAR, MONTH, DAY)
+    assert century < 100
+    assert year < 100
+    assert 1 <= month <= 12
+    assert 1 <= day <= 31
+
+
 def test_setting_one_register_without_set(cmos, clock):
     """A write without SET takes effect at once and leaves the other registers."""
     put(cmos, HOURS, 0x20)
@@ -185,6 +207,12 @@ def test_days_since_1970_is_the_inverse_of_gmtime(seconds):
     """Gregorian, in both directions from 1970."""
     t = time.gmtime(seconds)
     assert days_since_1970(t.tm_year, t.tm_mon, t.tm_mday) == seconds // 86400
+
+
+def test_months_outside_the_year_count_on():
+    """Month 0 is the December before, month 13 the January after."""
+    assert days_since_1970(2024, 0, 1) == days_since_1970(2023, 12, 1)
+    assert days_since_1970(2024, 13, 1) == days_since_1970(2025, 1, 1)
 
 
 @settings(deadline=None)

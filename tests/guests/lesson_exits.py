@@ -7,7 +7,9 @@ from kvmpy import kvm
 from kvmpy.kvm import Exit, IoIn, IoOut, MmioRead, MmioWrite
 
 KEYS = ("port", "gpa", "size", "data")
-_TOKEN = re.compile(r"\s*(?:([();|])|x(\d+|\*)(?!\w)|([A-Z]\w+(?: [a-z]+=0?x?[0-9a-f]+)*)(?!\S))")
+_TOKEN = re.compile(r"\s*(?:([();|])|x(\d+|\*)(?!\w)|([A-Z]\w+(?: [a-z]+=0?x?[0-9a-f]+)*)(?![^\s)]))")
+# In the kinds of a line's tokens (E: an exit, x: a count): two operands without a separator, and the like.
+_MISPLACED = re.compile(r"[E)x][E(]|xx|[;|(][;|)x]|^[;|)x]|[;|(]$|^$")
 _VCPU = re.compile(r"vcpu (\d+): ")
 
 
@@ -49,8 +51,8 @@ def patterns(lines: Iterable[str]) -> dict[int, re.Pattern[str]]:
 
 
 def _translate(text: str) -> str:
-    pattern, at = "", 0
-    while text[at:].strip():
+    pattern, kinds, at = "", "", 0
+    while at < len(text):
         token = _TOKEN.match(text, at)
         if token is None:
             raise ValueError(f"{text!r}: not understood from {text[at:]!r}")
@@ -61,7 +63,10 @@ def _translate(text: str) -> str:
             pattern += "+" if times == "*" else "{" + times + "}"
         else:
             pattern += _exit_pattern(exit)
+        kinds += mark or ("x" if times else "E")
         at = token.end()
+    if _MISPLACED.search(kinds):
+        raise ValueError(f"{text!r}: a separator or an exit is missing ({kinds})")
     return pattern
 
 

@@ -16,7 +16,6 @@ from boot_images import (
     P_FILESZ,
     P_MEMSZ,
     P_OFFSET,
-    P_PADDR,
     PHDR,
     PHDR_SIZE,
     Load,
@@ -332,7 +331,15 @@ def test_compiled_files_are_read_as_pyelftools_reads_them(tmp_path, memory, bits
     source = tmp_path / "kernel.c"
     source.write_text("int bss[3000]; int data = 7; void _start(void) { bss[0] = data; for (;;); }\n")
     path = str(tmp_path / "kernel")
-    flags = [f"-m{bits}", "-nostdlib", "-static", "-ffreestanding", "-fno-pic", "-no-pie", "-Wl,-Ttext-segment=0x400000"]
+    flags = [
+        f"-m{bits}",
+        "-nostdlib",
+        "-static",
+        "-ffreestanding",
+        "-fno-pic",
+        "-no-pie",
+        "-Wl,-Ttext-segment=0x400000",
+    ]
     subprocess.run(["gcc", *flags, "-o", path, str(source)], check=True)
     assert headers_by_us(path) == headers_by_pyelftools(path)
     memory.fill(0x40_0000, 2 * MiB, 0xCC)

@@ -1,0 +1,130 @@
+"""What is said of a run: lines for ``-v``, tables for ``--stats`` and fields for ``--json``."""
+
+import os
+from typing import Any
+
+from kvmpy.cli.messages import one_line
+from kvmpy.errors import KvmError
+from kvmpy.machine.boot.detect import detect, protocol
+from kvmpy.machine.boot.image import ImageFile
+from kvmpy.pc import MachineSpec, Pc, RunResult
+from kvmpy.pc.dedicated import describe_exits
+from kvmpy.units import format_size
+
+
+def stats_text(pc: Pc, result: RunResult) -> str:
+    """Return exits by reason, accesses by device, and times, as aligned lines for people."""
+    lines = ["exits by reason"]
+    for reason, count in sorted(result.exits.items(), key=lambda item: -item[1]):
+        lines.append(f"  {reason:<23} {count:>12}")
+    lines += [f"  {'total':<23} {result.exits_total:>12}", ""]
+    lines.append(f"  {'device':<10} {'address':<12} {'reads':>12} {'writes':>12}")
+    for use in result.ranges:
+        if use.reads or use.writes:
+            lines.append(f"  {use.name:<10} {span(use.base, use.size):<12} {use.reads:>12} {use.writes:>12}")
+    lines.append(f"  {'nobody':<10} {'':<12} {result.unmapped_reads:>12} {result.unmapped_writes:>12}")
+    lines += ["", "time in seconds", f"  {'wall':<23} {result.seconds:>12.6f}"]
+    vcpus = "" if pc.spec.cores == 1 else f" ({pc.spec.cores} vCPUs)"
+    lines.append(f"  {'in the guest' + vcpus:<23} {result.seconds_in_guest:>12.6f}")
+    lines.append(f"  {'out of it' + vcpus:<23} {seconds_out(pc, result):>12.6f}")
+    return "\n".join(lines) + "\n"
+
+
+def span(base: int, size: int) -> str:
+    """Return a range of addresses: ``0xf4-0xf7``."""
+    return f"0x{base:x}" + (f"-0x{base + size - 1:x}" if size > 1 else "")
+
+
+def seconds_out(pc: Pc, result: RunResult) -> float:
+    """Return the time that the vCPUs, together, spent outside KVM_RUN."""
+    return max(0.0, result.seconds * pc.spec.cores - result.seconds_in_guest)
+
+
+def as_dict(pc: Pc, result: RunResult) -> dict[str, Any]:
+    """Return the run as plain values for JSON; times in seconds, those of all vCPUs added up."""
+    from kvmpy import __version__
+
+    return {
+        "kvmpy": __version__,
+        "host": host_line(),
+        "file": os.fspath(pc.spec.boot),
+        "cores": pc.spec.cores,
+        "memory": pc.spec.memory,
+        "status": result.status,
+        "reason": str(result.reason),
+        "message": result.message,
+        "vcpu_id": result.end.vcpu_id,
+        "value": result.end.value,
+        "exits": result.exits,
+        "exits_total": result.exits_total,
+        "ranges": [
+            {"name": use.name, "base": use.base, "size": use.size, "reads": use.reads, "writes": use.writes}
+            for use in result.ranges
+        ],
+        "unmapped": {"reads": result.unmapped_reads, "writes": result.unmapped_writes},
+        "seconds": result.seconds,
+        "seconds_in_guest": result.seconds_in_guest,
+        "seconds_out": seconds_out(pc, result),
+        "registers": {str(vcpu_id): registers for vcpu_id, registers in result.registers.items()},
+    }
+
+
+def host_line() -> str:
+    """Return what this host is, in one line: processor, kernel, and the modules that make its KVM."""
+    system = os.uname()
+    modules = ", ".join(_vendor_modules()) or "KVM built in"
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs, {system.sysname} {system.release}, {modules}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return "unknown processor"
+
+
+def _vendor_modules() -> list[str]:
+    try:
+        return sorted(os.listdir("/sys/module/kvm/holders"))
+    except OSError:
+        return []
+
+
+def loaded_text(pc: Pc) -> str:
+    """Return what was loaded how, in lines: the image and its protocol, memory, and what is dedicated."""
+    spec, entry = pc.spec, pc.entry
+    lines = [f"{os.fspath(spec.boot)}: {boot_title(spec)}, starts in {entry.mode} mode at 0x{entry.rip:x}"]
+    places = ", ".join(span(region.gpa, region.size) for region in pc.memory.regions)
+    lines.append(f"memory: {format_size(spec.memory)} at {places}, from {pc.memory.backing}")
+    host_cpus = pc.dedication.vcpu_cpus if pc.dedication else spec.pin
+    pinned = "".join(f", vCPU {vcpu_id} on host CPU {cpu}" for vcpu_id, cpu in enumerate(host_cpus))
+    lines.append(f"vCPUs: {spec.cores}{pinned}")
+    if pc.dedication:
+        others = ", ".join(map(str, sorted(pc.dedication.host_cpus)))
+        exits = describe_exits(pc.dedication.disable_exits)
+        lines.append(f"dedicated: memory locked, other threads on host CPU {others}, exits disabled: {exits}")
+    return "".join(f"kvmpy: {one_line(line)}\n" for line in lines)
+
+
+def boot_title(spec: MachineSpec) -> str:
+    """Return the name of the boot protocol that ``spec`` leads to."""
+    if spec.boot_options.format is not None:
+        return protocol(spec.boot_options.format).TITLE
+    with ImageFile(spec.boot) as image:
+        return detect(image).TITLE
+
+
+def ended_text(pc: Pc, result: RunResult) -> str:
+    """Return what else is worth knowing of a run: accesses that nobody answered, and how KVM mapped the memory."""
+    nobody = f"nobody answered {result.unmapped_reads} reads (all ones) and {result.unmapped_writes} writes"
+    lines = [f"ended: {result.reason}, status {result.status}", nobody]
+    try:
+        stats = pc.machine.vm.get_stats()
+        lines.append(f"memory mapped: {stats['pages_4k']} pages of 4 KiB, {stats['pages_2m']} of 2 MiB")
+    except (KvmError, KeyError):
+        pass  # a kernel without binary statistics
+    return "".join(f"kvmpy: {line}\n" for line in lines)

@@ -1,0 +1,41 @@
+"""Tiny guests for the tests: assembly text in, flat bytes out, by gcc and kept between runs of the suite."""
+
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+REAL_ENTRY = 0x1000
+HIGH_ENTRY = 0x10_0000
+
+_BITS = {"real": 16, "protected": 32, "long": 64}
+_ENTRIES = {"real": REAL_ENTRY, "protected": HIGH_ENTRY, "long": HIGH_ENTRY}
+_folder: list[Path] = []
+
+
+def keep_in(folder: Path) -> None:
+    """Keep what was assembled in ``folder``."""
+    _folder[:] = [folder]
+
+
+def entry_of(mode: str) -> int:
+    """Return where code for ``mode`` (real, protected, long) is loaded and starts."""
+    return _ENTRIES[mode]
+
+
+@cache
+def assemble(text: str, mode: str = "real") -> bytes:
+    """Return ``text``, GNU assembler with the names of guests/abi.h, as flat bytes for `entry_of` (``mode``)."""
+    source = f'#include "abi.h"\n.code{_BITS[mode]}\n.globl _start\n_start:\n{text}\n'
+    digest = hashlib.sha256((source + (ROOT / "guests" / "abi.h").read_text()).encode()).hexdigest()
+    kept = _folder[0] / f"{digest[:32]}.bin"
+    if not kept.exists():
+        command = ["gcc", "-x", "assembler-with-cpp", f"-I{ROOT / 'guests'}", "-nostdlib", "-static", "-no-pie"]
+        linker = [f"-Wl,-Ttext=0x{entry_of(mode):x}", "-Wl,--oformat=binary", "-Wl,--build-id=none", "-Wl,-N"]
+        made = kept.with_suffix(".new")
+        done = subprocess.run([*command, *linker, "-o", made, "-"], input=source, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}\n{source}"
+        made.replace(kept)
+    return kept.read_bytes()
