@@ -43,11 +43,11 @@ guest.img: $(VENV)/kvmpy $(GUEST_SOURCES)
 $(VENV)/kvmpy: $(SHIM_SOURCES)
 	@sh csrc/prerequisites.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --editable .
+	$(PIP) install --editable . --config-settings editable_mode=compat
 	@touch $@
 
 $(VENV)/test-tools: $(VENV)/kvmpy
-	$(PIP) install --editable '.[test]'
+	$(PIP) install --editable '.[test]' --config-settings editable_mode=compat
 	@touch $@
 
 clean:

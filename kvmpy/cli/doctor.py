@@ -115,7 +115,7 @@ def _section(findings: list[Finding]) -> Iterator[str]:
 
 def _summary(examination: Examination) -> str:
     count = Counter(mark(found) for found in examination.findings)
-    counts = f"{count[OK]} ok, {count[NOTE]} notes, {count[FAIL]} failures, in {examination.seconds:.1f} s"
+    counts = ", ".join(f"{count[kind]} {kind}" for kind in (OK, NOTE, FAIL))
     if not examination.works:
-        return f"{counts}: kvmpy cannot run guests until the failures are mended"
-    return f"{counts}: kvmpy runs guests; the notes say what they must do without"
+        return f"{counts}, in {examination.seconds:.1f} s. kvmpy cannot run guests until the failures are mended."
+    return f"{counts}, in {examination.seconds:.1f} s. kvmpy runs guests; the notes say what they must do without."

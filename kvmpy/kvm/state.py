@@ -3,6 +3,7 @@
 Source: <asm/kvm.h>, `struct kvm_regs`, `struct kvm_sregs`; Intel SDM vol. 3 §3.4.5 (segment descriptors).
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -80,3 +81,22 @@ GENERAL_REGISTERS = tuple(Regs.__annotations__)
 
 SEGMENT_REGISTERS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 """The segment registers of `Sregs`."""
+
+STATES = {
+    "FPU": "struct kvm_fpu",
+    "LAPIC": "struct kvm_lapic_state",
+    "VCPU_EVENTS": "struct kvm_vcpu_events",
+    "DEBUGREGS": "struct kvm_debugregs",
+    "XSAVE": "struct kvm_xsave",
+    "XCRS": "struct kvm_xcrs",
+}
+"""The structures of `Vcpu.get_state`, by the names of their ioctls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What a guest virtual address means to the MMU."""
+
+    physical_address: int
+    valid: bool
+    writeable: bool

@@ -8,13 +8,13 @@ travel in the shared page: each exit brings them, and a change goes back with th
 Source: KVM API §4, "vcpu ioctls"; §5, "The kvm_run structure".
 """
 
+import errno
 import mmap
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,7 +26,7 @@ from kvmpy.kvm.decode import ExitRecord, decode, reason_name
 from kvmpy.kvm.exits import Exit
 from kvmpy.kvm.ioctl import ioctl, ioctl_value, refuse
 from kvmpy.kvm.ranges import RangeTable
-from kvmpy.kvm.state import Regs, Sregs
+from kvmpy.kvm.state import STATES, Regs, Sregs, Translation
 from kvmpy.kvm.stats import read_stats
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ _EXIT_FIELDS = Struct("=QQQQIIBB")  # struct kvmpy_exit up to is_write
 _IO, _MMIO = lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """What a guest virtual address means to the MMU."""
-
-    physical_address: int
-    valid: bool
-    writeable: bool
-
-
 class Vcpu:
     """One virtual processor; made by `Vm.create_vcpu`, which it keeps alive."""
 
@@ -53,7 +44,8 @@ class Vcpu:
         self.vm = vm
         self.vcpu_id = vcpu_id
         self.fd = fd
-        self._close_lock = threading.Lock()
+        # Re-entrant: a signal handler may kick or close what this thread is just kicking.
+        self._close_lock = threading.RLock()
         # The run page, as bytes and as a struct. Whoever uses the struct holds the bytes meanwhile: the page is
         # unmapped when nobody does, and that may be soon after another thread calls `close`.
         page = memoryview(mmap.mmap(fd, vm.kvm.get_vcpu_mmap_size()))
@@ -91,13 +83,13 @@ class Vcpu:
         """
         while True:
             stop = lib.kvmpy_run(self._loop)
-            self._regs_in_page = self._sync
             if stop == 0:  # KVMPY_STOP_EXIT
+                self._regs_in_page = self._sync
                 _, _, address, data, reason, count, size, is_write = _EXIT_FIELDS.unpack_from(self._exit)
                 if reason == _IO:
                     if count == 1 and is_write:
                         return exits.IoOut(address, size, data.to_bytes(size, "little"))
-                    page, run = self._page
+                    page, run = self._open_page()
                     start = run.io.data_offset
                     buffer = page[start : start + size * count]
                     if is_write:
@@ -107,14 +99,20 @@ class Vcpu:
                     if is_write:
                         return exits.MmioWrite(address, data.to_bytes(size, "little"))
                     return exits.MmioRead(address, size, self._page[0][_MMIO_DATA : _MMIO_DATA + size])
-                page, run = self._page
+                page, run = self._open_page()
                 return decode(run, reason)
             if stop != lib.KVMPY_STOP_SIGNAL:
                 return self._stopped(stop)
 
-    def _stopped(self, stop: int) -> Exit:
+    def _open_page(self) -> tuple[memoryview, Any]:
+        """Return the run page. Raises ValueError: the vCPU is closed, or another thread is closing it."""
+        page = self._page
         if self.fd < 0:
             raise ValueError(f"vCPU {self.vcpu_id} is closed")
+        return page
+
+    def _stopped(self, stop: int) -> Exit:
+        self._open_page()
         if stop == lib.KVMPY_STOP_KICK:
             return exits.Intr()
         if stop == lib.KVMPY_STOP_BUDGET:
@@ -173,9 +171,9 @@ class Vcpu:
         if any, is what `next_exit` returns next. Source: KVM API §5, KVM_EXIT_IO, the note on pending operations.
         """
         result = int(lib.kvmpy_complete(self._loop))
-        self._regs_in_page = self._sync
         if result < 0:
             refuse(-result, "KVM_RUN", f"vcpu_id={self.vcpu_id}, immediate_exit")
+        self._regs_in_page = self._sync
         return result > 0
 
     def kick(self) -> None:
@@ -241,8 +239,12 @@ class Vcpu:
 
     @contextmanager
     def edit_regs(self) -> Iterator[Regs]:
-        """Finish the last exit, then give the general registers to the block and write them back after it."""
-        self.complete()
+        """Finish the last exit, then give the general registers to the block and write them back after it.
+
+        Raises:
+            ValueError: finishing it made another exit (`complete`): the instruction would overwrite what is set here.
+        """
+        self._finish_instruction()
         regs = self.get_regs()
         yield regs
         self.set_regs(regs)
@@ -259,11 +261,15 @@ class Vcpu:
 
     @contextmanager
     def edit_sregs(self) -> Iterator[Sregs]:
-        """Finish the last exit, then give the system registers to the block and write them back after it."""
-        self.complete()
+        """Finish the last exit, then give the system registers to the block and write them back; as `edit_regs`."""
+        self._finish_instruction()
         sregs = self.get_sregs()
         yield sregs
         self.set_sregs(sregs)
+
+    def _finish_instruction(self) -> None:
+        if self.complete():
+            raise ValueError(f"vCPU {self.vcpu_id}: its instruction made another exit, take that first (next_exit)")
 
     # --- the rest of the state ----------------------------------------------------------------------------------
 
@@ -272,7 +278,7 @@ class Vcpu:
 
         FPU, LAPIC, VCPU_EVENTS, DEBUGREGS, XSAVE, XCRS.
         """
-        state = ffi.new(f"{_STATES[name]} *")
+        state = ffi.new(f"{STATES[name]} *")
         ioctl(self.fd, f"KVM_GET_{name}", state)
         return state
 
@@ -302,7 +308,7 @@ class Vcpu:
         count = ioctl(self.fd, "KVM_SET_MSRS", table)
         if count < len(msrs):
             refused = table.entries[count]
-            raise KvmError(22, "KVM_SET_MSRS", f"msr 0x{refused.index:x} = 0x{refused.data:x}")
+            raise KvmError(errno.EINVAL, "KVM_SET_MSRS", f"msr 0x{refused.index:x} = 0x{refused.data:x}")
 
     @staticmethod
     def _msr_table(msrs: dict[int, int]) -> Any:
@@ -338,13 +344,14 @@ class Vcpu:
 
     def request_interrupt_window(self, on: bool) -> None:
         """Ask for IrqWindowOpen as soon as the guest can take an interrupt."""
-        self._page[1].request_interrupt_window = on
+        page = self._open_page()
+        page[1].request_interrupt_window = on
 
     def reply_msr(self, data: int | None) -> None:
         """Answer a Rdmsr (``data``) or Wrmsr (any number); None makes the guest's instruction raise #GP."""
-        _, run = self._page
-        run.msr.error = data is None
-        run.msr.data = data or 0
+        page = self._open_page()
+        page[1].msr.error = data is None
+        page[1].msr.data = data or 0
 
     def translate(self, linear_address: int) -> Translation:
         """Walk the guest's page tables. Source: KVM API §4.17."""
@@ -370,9 +377,10 @@ class Vcpu:
             # The loop reads vcpu_fd at each entry: from here on it meets EBADF. The number must not be reused
             # before the thread inside has left.
             self._loop.vcpu_fd = -1
+            lib.kvmpy_kick(self._loop)  # also the barrier between the store above and the load below
             while self._loop.tid:
-                lib.kvmpy_kick(self._loop)
                 time.sleep(0)
+                lib.kvmpy_kick(self._loop)
             lib.kvmpy_loop_close(self._loop)
             self._loop.run = ffi.NULL
             self._page = memoryview(b""), ffi.NULL
@@ -386,12 +394,3 @@ class Vcpu:
 
 
 _MMIO_DATA = ffi.offsetof("struct kvm_run", "mmio") + 8  # after phys_addr
-
-_STATES = {
-    "FPU": "struct kvm_fpu",
-    "LAPIC": "struct kvm_lapic_state",
-    "VCPU_EVENTS": "struct kvm_vcpu_events",
-    "DEBUGREGS": "struct kvm_debugregs",
-    "XSAVE": "struct kvm_xsave",
-    "XCRS": "struct kvm_xcrs",
-}

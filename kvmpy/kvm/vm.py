@@ -6,7 +6,6 @@ Source: KVM API §4, "VM ioctls".
 """
 
 import os
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -54,7 +53,7 @@ class Vm:
     def __init__(self, kvm: "Kvm", fd: int) -> None:
         self.kvm = kvm
         self.fd = fd
-        self._vcpus: weakref.WeakSet[Vcpu] = weakref.WeakSet()
+        self._vcpus: list[Vcpu] = []
         self._slots: dict[int, HostMemory] = {}
 
     def check_extension(self, capability: int) -> int:
@@ -69,8 +68,12 @@ class Vm:
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """Create a vCPU; its ioctls shall come from the thread that calls this. Raises KvmError."""
         fd = ioctl_value(self.fd, "KVM_CREATE_VCPU", vcpu_id, f"vcpu_id={vcpu_id}")
-        vcpu = Vcpu(self, vcpu_id, fd)
-        self._vcpus.add(vcpu)
+        try:
+            vcpu = Vcpu(self, vcpu_id, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._vcpus.append(vcpu)
         return vcpu
 
     # --- memory -------------------------------------------------------------------------------------------------
@@ -214,8 +217,8 @@ class Vm:
 
     def close(self) -> None:
         """Close the vCPUs and the descriptor; closing twice is harmless. KVM takes 20 to 30 ms for it on some hosts."""
-        for vcpu in list(self._vcpus):
-            vcpu.close()
+        while self._vcpus:
+            self._vcpus.pop().close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -9,13 +9,13 @@ Never by the host's name. A caller that needs one ability asks `has`, by the nam
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvmpy.errors import KvmError
 from kvmpy.kvm import Kvm
 from kvmpy.kvm.system import DEVICE
-from kvmpy.machine.probe import capabilities, debugging, gates, host, instructions, interrupts, memory, modes
+from kvmpy.machine.probe import capabilities, debugging, device, gates, host, instructions, interrupts, memory, modes
 from kvmpy.machine.probe.bench import Bench
 from kvmpy.machine.probe.finding import REQUIRED, Ability, Finding, Verdict
 from kvmpy.machine.probe.host import Host, describe_host
@@ -34,7 +34,16 @@ __all__ = [
     "probe",
 ]
 
-HOST_SECTION = "host"
+HOST_PROBES: dict[Ability, Callable[[str], Finding]] = {
+    Ability.DEVICE: device.device,
+    Ability.PERMISSION: device.permission,
+    Ability.API_VERSION: device.api_version,
+    Ability.CREATE_VM: device.create_vm,
+    Ability.MODULE: host.module,
+    Ability.CPU_FLAG: host.cpu_flag,
+    Ability.BARE_METAL: host.bare_metal,
+}
+"""Those that need no guest, and get the device's path."""
 
 GUEST_SECTIONS: dict[str, tuple[Probe, ...]] = {
     "capabilities": capabilities.PROBES,
@@ -48,7 +57,7 @@ GUEST_SECTIONS: dict[str, tuple[Probe, ...]] = {
 }
 
 SECTIONS: dict[str, tuple[Ability, ...]] = {
-    HOST_SECTION: tuple(host.PROBES),
+    "host": tuple(HOST_PROBES),
     **{title: tuple(probe.ability for probe in probes) for title, probes in GUEST_SECTIONS.items()},
 }
 """Every ability once, under the title that a report gives it, in the report's order."""
@@ -72,19 +81,19 @@ class Examination:
         return fine >= REQUIRED
 
 
-def examine(device: str = DEVICE) -> Examination:
-    """Probe everything, anew. Takes one to three seconds at most."""
+def examine(path: str = DEVICE) -> Examination:
+    """Probe everything, anew. Takes less than a second, and 50 ms more for each guest that hangs."""
     started = time.monotonic()
-    findings = tuple(_find_all(device))
-    return Examination(device, describe_host(), findings, time.monotonic() - started)
+    findings = tuple(_find_all(path))
+    return Examination(path, describe_host(), findings, time.monotonic() - started)
 
 
-def _find_all(device: str) -> Iterator[Finding]:
-    seen = [find(device) for find in host.PROBES.values()]
+def _find_all(path: str) -> Iterator[Finding]:
+    seen = [find(path) for find in HOST_PROBES.values()]
     yield from seen
     if any(found.name in REQUIRED and found.verdict is not Verdict.OK for found in seen):
         return
-    with Kvm(device) as kvm, Bench(kvm) as bench:
+    with Kvm(path) as kvm, Bench(kvm) as bench:
         for probe in _GUEST_PROBES.values():
             yield probe.find(bench)
 
@@ -116,8 +125,8 @@ def has(name: str) -> bool:
 
 
 def _find(ability: Ability) -> Finding:
-    if ability in host.PROBES:
-        return host.PROBES[ability](DEVICE)
+    if ability in HOST_PROBES:
+        return HOST_PROBES[ability](DEVICE)
     try:
         with Kvm() as kvm, Bench(kvm) as bench:
             return _GUEST_PROBES[ability].find(bench)

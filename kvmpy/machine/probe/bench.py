@@ -26,7 +26,10 @@ CPU_SECONDS = 0.05
 WALL_SECONDS = 1.0
 """A guest that waits for ever uses no processor; a busy host may give it little."""
 
-FINISH = bytes.fromhex("e7f4")  # out %eax, $0xf4 (16-bit code: %ax)
+# In 16-bit code the same bytes say %ax.
+FINISH = bytes.fromhex(
+    "e7f4"  # out %eax, $0xf4
+)
 
 EFER_SCE = 1 << 0  # system-call extensions (Intel SDM vol. 4, table 2-2)
 EFLAGS_IOPL_3 = 3 << 12

@@ -74,9 +74,9 @@ def note(name: bytes, kind: int, desc: bytes) -> bytes:
 
 
 def pvh_note(entry: int, *, size: int = 8) -> bytes:
-    """Return a PVH note behind two others, as linkers lay them out."""
-    build_id = note(b"GNU\0", 3, bytes(20))
-    return build_id + note(b"Xen\0", 6, b"linux\0") + note(b"Xen\0", 18, entry.to_bytes(size, "little"))
+    """Return a PVH note behind others, one of them of odd sizes, as linkers lay them out."""
+    others = note(b"GNU\0", 3, bytes(20)) + note(b"vendor\0", 1, b"12345") + note(b"Xen\0", 6, b"linux\0")
+    return others + note(b"Xen\0", 18, entry.to_bytes(size, "little"))
 
 
 def pvh(*, bits: int = 64, entry: int = 0x20_0010) -> bytes:

@@ -58,10 +58,19 @@ def test_segments_lie_at_their_physical_addresses(write, memory, bits):
     assert dict(entry.registers) == {}
 
 
-def test_a_virtual_entry_is_translated_through_its_segment(write, memory):
+@pytest.mark.parametrize("inside", [0, 4, len(CODE) - 1])
+def test_a_virtual_entry_is_translated_through_its_segment(write, memory, inside):
     """gABI chapter 4: e_entry is a virtual address; the guest starts with memory mapped 1:1."""
-    image = elf(Load(0x10_0000), Load(0x20_0000, vaddr=0xFFFF_FFFF_8020_0000), entry=0xFFFF_FFFF_8020_0004)
-    assert boot(write(image), memory).rip == 0x20_0004
+    virtual = 0xFFFF_FFFF_8020_0000
+    image = elf(Load(0x10_0000), Load(0x20_0000, vaddr=virtual), entry=virtual + inside)
+    assert boot(write(image), memory).rip == 0x20_0000 + inside
+
+
+def test_segments_may_stand_in_any_order_and_touch(write, memory):
+    """Only real overlaps are refused."""
+    boot(write(elf(Load(0x20_0000), Load(0x10_0000), Load(0x10_0040, b"next"))), memory)
+    assert memory.read(0x10_0000, 68) == CODE + b"next"
+    assert memory.read(0x20_0000, 64) == CODE
 
 
 def test_a_physical_entry_is_taken_as_it_is(write, memory):

@@ -129,7 +129,7 @@ def test_a_stripped_file_has_no_symbols(compiled):
     assert symbols(compiled) == {}
 
 
-@pytest.mark.parametrize("damage", ["shoff", "shnum", "shentsize", "truncated", "not elf", "symtab"])
+@pytest.mark.parametrize("damage", ["shoff", "shnum", "endless", "shentsize", "truncated", "symtab"])
 def test_junk_section_tables_are_refused(compiled, damage):
     """Case 61: sh tables junk: one error, no exception of a library, no endless walk."""
     with open(compiled, "rb") as file:
@@ -139,18 +139,25 @@ def test_junk_section_tables_are_refused(compiled, damage):
     if damage == "symtab":
         symtab = next(i for i in range(shnum) if image[shoff + i * 64 + 4] == 2)
         image = patch(image, shoff + symtab * 64 + 32, 2**60, 8)
-    elif damage == "shnum":
+    elif damage in ("shnum", "endless"):
         # 0 here means: the number is the size of section 0 (gABI chapter 4, "Sections").
         image = patch(patch(image, 60, 0, 2), shoff + 32, 2**60, 8)
+        image = patch(image, 58, 0, 2) if damage == "endless" else image
     else:
         image = {
             "shoff": patch(image, E_SHOFF[64], 2**63, 8),
             "shentsize": patch(image, 58, 0, 2),
             "truncated": image[:3000],
-            "not elf": b"hello",
         }[damage]
     with open(compiled, "wb") as file:
         file.write(image)
     with pytest.raises(ImageError) as caught:
         symbols(compiled)
     assert "\n" not in str(caught.value)
+    assert inspect(compiled).what.startswith("ELF file, damaged: ")
+
+
+def test_only_elf_files_have_symbols(write):
+    """Anything else is refused."""
+    with pytest.raises(ImageError, match="no readable ELF file"):
+        symbols(write(b"hello"))

@@ -115,10 +115,12 @@ def test_load_addresses_win_over_elf(write, memory):
     assert memory.read(0x20_0000, len(image)) == image
 
 
-def test_a_wrong_checksum_is_refused(write, memory):
+@pytest.mark.parametrize("wrong", [1, 2**31])
+def test_a_wrong_checksum_is_refused(write, memory, wrong):
     """Case 62: magic + flags + checksum must be 0 modulo 2^32."""
     at = multiboot1_kludge().index(multiboot1_header(0x10003)[:4])
-    image = patch(multiboot1_kludge(), at + 8, 12345, 4)
+    checksum = -(0x1BADB002 + 0x10003) % 2**32
+    image = patch(multiboot1_kludge(), at + 8, (checksum + wrong) % 2**32, 4)
     assert refused(write(image), memory, "wrong checksum").offset == at
 
 

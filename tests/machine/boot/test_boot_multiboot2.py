@@ -177,7 +177,8 @@ def test_a_header_too_short_for_an_end_tag_is_refused(write, memory, length):
 @pytest.mark.parametrize("length", [32769, 2**31, 2**32 - 1, 1000])
 def test_a_header_past_32_kib_or_the_file_is_refused(write, memory, length):
     """Case 62: §3.1: contained completely within the first 32768 bytes."""
-    refused(write(multiboot2_header(END_TAG, length=length) + CODE), memory, f"header of {length} bytes")
+    image = multiboot2_header(END_TAG, length=length) + CODE
+    refused(write(image if length == 1000 else image.ljust(40000, b"\0")), memory, f"header of {length} bytes")
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])
@@ -290,6 +291,13 @@ def test_an_entry_in_no_segment_is_refused(write, memory):
 
 
 def test_boot_information_that_does_not_fit_is_the_callers_mistake(write, memory):
-    """It has 28 KiB, command lines included."""
+    """It has 28 KiB, command lines included: to the last byte."""
+    path = write(multiboot2())
+    boot(path, memory)
+    (total,) = struct.unpack("<I", memory.read(layout.BOOT_INFO, 4))
+    # An empty command line has a tag of 8 + 1 bytes and 7 of padding.
+    room = 28672 - total + 7
+    boot(path, memory, BootOptions(append="x" * room))
+    assert struct.unpack("<I", memory.read(layout.BOOT_INFO, 4)) == (28672,)
     with pytest.raises(ValueError, match="28672 fit"):
-        boot(write(multiboot2()), memory, BootOptions(append="x" * 28672))
+        boot(path, memory, BootOptions(append="x" * (room + 1)))

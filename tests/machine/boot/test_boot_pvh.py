@@ -123,7 +123,8 @@ def test_an_initrd_that_is_no_file_is_named(write, memory, tmp_path, name):
 
 
 def test_a_command_line_that_does_not_fit_is_the_callers_mistake(write, memory):
-    """64 KiB are set aside for command lines."""
+    """64 KiB are set aside for command lines, NUL included."""
+    boot(write(pvh()), memory, BootOptions(append="x" * 65535))
     with pytest.raises(ValueError, match="command lines does not fit"):
         boot(write(pvh()), memory, BootOptions(append="x" * 65536))
     with pytest.raises(ValueError, match="NUL"):
