@@ -27,10 +27,10 @@ def execute(arguments: Namespace) -> int:
 
 
 def table(found: list[Lesson]) -> str:
-    """Return a line for each lesson: its name, its mode, and what it is."""
-    names = max((len(lesson.name) for lesson in found), default=0)
-    modes = max((len(lesson.mode) for lesson in found), default=0)
-    return "\n".join(f"{lesson.name:{names}}  {lesson.mode:{modes}}  {lesson.title}" for lesson in found)
+    """Return a line for each lesson: its name, its mode, and what it teaches, without the source of that."""
+    rows = [(lesson.name, lesson.mode.partition(",")[0], lesson.teaches.partition("   (")[0]) for lesson in found]
+    names, modes = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+    return "\n".join(f"{name:{names}}  {mode:{modes}}  {teaches}" for name, mode, teaches in rows)
 
 
 def header(lesson: Lesson) -> str:

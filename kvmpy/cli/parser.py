@@ -9,16 +9,22 @@ from kvmpy.units import parse_size
 
 T = TypeVar("T")
 ADDRESS_LIMIT = 1 << 64
+HELP_WIDTH = 110
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError and knows no abbreviations."""
 
     def __init__(self, *, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_formatter)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.prog)
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # Left to itself it asks for the terminal's width at each start, and imports five modules for that.
+    return argparse.HelpFormatter(prog, width=HELP_WIDTH, max_help_position=30)
 
 
 def reads(parse: Callable[[str], T]) -> Callable[[str], T]:

@@ -110,9 +110,9 @@ class Session:
         from kvmpy.cli.monitor import Monitor
         from kvmpy.cli.terminal import KEYS, Keyboard, RawTerminal
 
-        say(KEYS)
         keyboard = Keyboard(STDIN, guest=self._type, monitor=Monitor(self.pc), stop=self.pc.stop)
         block.enter_context(RawTerminal(STDIN))
+        say(KEYS)
         self.pc.loop.watch(STDIN, keyboard.read)
         block.callback(self.pc.loop.unwatch, STDIN)
 

@@ -98,6 +98,9 @@ def record_line(record: ExitRecord) -> str:
     text = f"#{record.number} rip 0x{record.rip:x} {reason}"
     if reason not in ("IO", "MMIO"):
         return text
-    direction, count = "write" if record.is_write else "read", f" count={record.count}" if record.count > 1 else ""
+    direction, count = (
+        "write" if record.is_write else "read",
+        f" count={record.elements}" if record.elements > 1 else "",
+    )
     where = "port" if reason == "IO" else "gpa"
     return f"{text} {direction} {where}=0x{record.address:x} size={record.size}{count} data=0x{record.data:x}"

@@ -4,9 +4,8 @@ Source: KVM API §5.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvmpy._shim import lib
 from kvmpy.kvm import exits
@@ -15,8 +14,7 @@ from kvmpy.kvm.exits import Exit, ExitReason
 _U64 = Struct("=Q")
 
 
-@dataclass(frozen=True, slots=True)
-class ExitRecord:
+class ExitRecord(NamedTuple):
     """One exit as the post-mortem ring keeps it; ``data`` is what was written, or what C replied."""
 
     number: int
@@ -24,7 +22,7 @@ class ExitRecord:
     address: int
     data: int
     reason: int
-    count: int
+    elements: int
     size: int
     is_write: bool
 

@@ -3,8 +3,7 @@
 Source: <asm/kvm.h>, `struct kvm_regs`, `struct kvm_sregs`; Intel SDM vol. 3 §3.4.5 (segment descriptors).
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Regs(Protocol):
@@ -93,8 +92,7 @@ STATES = {
 """The structures of `Vcpu.get_state`, by the names of their ioctls."""
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
+class Translation(NamedTuple):
     """What a guest virtual address means to the MMU."""
 
     physical_address: int

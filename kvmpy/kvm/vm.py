@@ -7,8 +7,7 @@ Source: KVM API §4, "VM ioctls".
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from kvmpy._shim import ffi, lib
 from kvmpy.kvm.ioctl import ioctl, ioctl_value
@@ -29,8 +28,7 @@ class HostMemory(Protocol):
     def size(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class MsiRoute:
+class MsiRoute(NamedTuple):
     """A GSI that is delivered as a message: ``address`` and ``data`` as a PCI device would write them."""
 
     gsi: int
@@ -38,8 +36,7 @@ class MsiRoute:
     data: int
 
 
-@dataclass(frozen=True, slots=True)
-class IrqchipRoute:
+class IrqchipRoute(NamedTuple):
     """A GSI that is a pin of an in-kernel chip (``lib.KVM_IRQCHIP_*``)."""
 
     gsi: int

@@ -8,7 +8,6 @@ Source: Intel SDM vol. 1 §19 (I/O address space).
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -34,29 +33,22 @@ class Mode(StrEnum):
     TRACE = "trace"
 
 
-@dataclass(slots=True)
 class AddressRange:
-    """[base, base+size) on a bus belongs to ``device``."""
+    """[base, base+size) on a bus belongs to ``device``; ``reads`` and ``writes`` count what Python served."""
 
-    base: int
-    size: int
-    device: Device
-    name: str
-    mode: Mode = Mode.C
-    reads: int = 0
-    writes: int = 0
+    def __init__(self, base: int, size: int, device: Device, name: str, mode: Mode) -> None:
+        self.base, self.size, self.device, self.name, self.mode = base, size, device, name, mode
+        self.reads = self.writes = 0
 
 
-@dataclass(slots=True)
 class Bus:
     """An address space of ``size`` bytes. Ranges never overlap; what nobody owns reads as all ones and is counted."""
 
-    name: str
-    size: int
-    ranges: list[AddressRange] = field(default_factory=list)
-    unmapped_reads: int = 0
-    unmapped_writes: int = 0
-    _bases: list[int] = field(default_factory=list)
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+        self.ranges: list[AddressRange] = []
+        self.unmapped_reads = self.unmapped_writes = 0
+        self._bases: list[int] = []
 
     def attach(self, base: int, size: int, device: Device, *, name: str, mode: Mode = Mode.C) -> AddressRange:
         """Give [base, base+size) to ``device``.

@@ -19,7 +19,7 @@ Source: Intel SDM vol. 2A, CPUID, table 3-8, and vol. 3A §9.9; AMD APM vol. 3, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from kvmpy._shim import lib
 from kvmpy.kvm.cpuid_entry import CpuidEntry
@@ -42,8 +42,7 @@ ECX_CMP_LEGACY = 1
 AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """A vCPU in its machine."""
 
     vcpu_id: int
@@ -89,7 +88,7 @@ def _adjust(entry: CpuidEntry, place: _Place) -> CpuidEntry:
     """Return ``entry`` as vCPU ``place`` shall see it."""
     match entry.function:
         case 0:
-            return replace(entry, eax=max(entry.eax, EXTENDED_TOPOLOGY))
+            return entry.replace(eax=max(entry.eax, EXTENDED_TOPOLOGY))
         case 1:
             return _features(entry, place)
         case 4:
@@ -97,13 +96,13 @@ def _adjust(entry: CpuidEntry, place: _Place) -> CpuidEntry:
         case 0x8000_001D:
             return _cache(entry, place, package_cores=False)
         case 0x8000_0001 if place.is_amd:
-            return replace(entry, ecx=_bits(entry.ecx, ECX_CMP_LEGACY, ECX_CMP_LEGACY, place.cores > 1))
+            return entry.replace(ecx=_bits(entry.ecx, ECX_CMP_LEGACY, ECX_CMP_LEGACY, place.cores > 1))
         case 0x8000_0008 if place.is_amd:
             ecx = _bits(entry.ecx, 7, 0, min(place.cores - 1, 0xFF))
-            return replace(entry, ecx=_bits(ecx, 15, 12, apic_id_bits(place.cores)))
+            return entry.replace(ecx=_bits(ecx, 15, 12, apic_id_bits(place.cores)))
         case 0x8000_001E:
             # One thread a core: the core's number is the APIC id. One node, which is number 0.
-            return replace(entry, eax=place.vcpu_id, ebx=place.vcpu_id & 0xFF, ecx=0, edx=0)
+            return entry.replace(eax=place.vcpu_id, ebx=place.vcpu_id & 0xFF, ecx=0, edx=0)
     return entry
 
 
@@ -114,7 +113,7 @@ def _features(entry: CpuidEntry, place: _Place) -> CpuidEntry:
     ecx = _bits(entry.ecx, ECX_HYPERVISOR, ECX_HYPERVISOR, 1)
     ecx = _bits(ecx, ECX_TSC_DEADLINE, ECX_TSC_DEADLINE, place.tsc_deadline)
     edx = _bits(entry.edx, EDX_HTT, EDX_HTT, place.cores > 1)
-    return replace(entry, ebx=ebx, ecx=ecx, edx=edx)
+    return entry.replace(ebx=ebx, ecx=ecx, edx=edx)
 
 
 def _cache(entry: CpuidEntry, place: _Place, *, package_cores: bool) -> CpuidEntry:
@@ -129,7 +128,7 @@ def _cache(entry: CpuidEntry, place: _Place, *, package_cores: bool) -> CpuidEnt
     eax = _bits(entry.eax, 25, 14, 0 if level <= 2 else min(others, 0xFFF))
     if package_cores:
         eax = _bits(eax, 31, 26, min(others, 0x3F))
-    return replace(entry, eax=eax)
+    return entry.replace(eax=eax)
 
 
 def _levels(function: int, place: _Place) -> Iterator[CpuidEntry]:

@@ -3,12 +3,12 @@
 Knows no device and no boot protocol: what hangs on the buses and where the first vCPU starts is decided above.
 """
 
+import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import NamedTuple, Self
 
 from kvmpy._shim import lib
 from kvmpy.errors import CapabilityMissing
@@ -61,8 +61,7 @@ class EndReason(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """The end of a run: why, who met it, and what came with it."""
 
     reason: EndReason
@@ -117,7 +116,7 @@ class Machine:
         self.end: End | None = None
         self._on_end = on_end
         self._host_cpus = host_cpus
-        self._end_lock = threading.Lock()
+        self._end_lock = threading.RLock()  # re-entrant: a signal handler may end what its thread is just ending
         # One vCPU at a time is in a Python device: a device needs no lock against the others.
         self._device_lock = threading.Lock()
         self.vm = kvm.create_vm()
@@ -134,7 +133,7 @@ class Machine:
             vm.enable_cap(lib.KVM_CAP_X86_DISABLE_EXITS, disable_exits)
         if self.cores > MAX_XAPIC_ID:
             if not vm.check_extension(lib.KVM_CAP_X2APIC_API):
-                raise CapabilityMissing(22, "KVM_CAP_X2APIC_API", f"{self.cores} vCPUs need 32-bit APIC ids")
+                raise CapabilityMissing(errno.EINVAL, "KVM_CAP_X2APIC_API", f"{self.cores} vCPUs need 32-bit APIC ids")
             vm.enable_cap(
                 lib.KVM_CAP_X2APIC_API,
                 lib.KVM_X2APIC_API_USE_32BIT_IDS | lib.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
@@ -196,9 +195,13 @@ class Machine:
         vcpu.set_state("LAPIC", lapic)
 
     def run(self) -> None:
-        """Let all vCPUs run (again)."""
+        """Let all vCPUs run (again); after the end they stay where they are."""
+        if self.end is not None:
+            return
         for thread in self.threads:
             thread.resume()
+        if self.end is not None:  # just now: its kick may have come before we resumed
+            self._kick()
 
     def pause(self) -> None:
         """Take all vCPUs out of the guest; they are out on return, their last exits complete."""
@@ -234,10 +237,12 @@ class Machine:
             if self.end is not None:
                 return
             self.end = end
-        for thread in self.threads:
-            if thread.vcpu is not None:
-                thread.vcpu.kick()
+        self._kick()
         self._on_end(end)
+
+    def _kick(self) -> None:
+        for vcpu in self.vcpus():
+            vcpu.kick()
 
     def close(self) -> None:
         """Stop the threads and close the VM; closing twice is harmless. The memory is the caller's."""

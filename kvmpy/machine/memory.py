@@ -10,8 +10,7 @@ a view of guest RAM and parses it twice.
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from kvmpy._shim import ffi, lib
 from kvmpy.errors import GuestMemoryError, ImageError
@@ -30,8 +29,7 @@ class SlotOwner(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRegion:
+class MemoryRegion(NamedTuple):
     """A run of guest RAM that is contiguous for the guest and for the host."""
 
     gpa: int
@@ -63,11 +61,12 @@ class GuestMemory:
         slack = HUGE_PAGE_SIZE if hugepages else 0
         if shared:
             self.fd = os.memfd_create("kvmpy-ram", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, size + slack)
-            self._mmap = mmap.mmap(self.fd, size + slack, flags=mmap.MAP_SHARED | lib.MAP_NORESERVE)
-        else:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
-            self._mmap = mmap.mmap(-1, size + slack, flags=flags)
+        try:
+            self._mmap = self._map(size + slack)
+        except BaseException:
+            if shared:
+                os.close(self.fd)
+            raise
         if hugepages:
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
         self._mmap.madvise(mmap.MADV_DONTDUMP)
@@ -77,6 +76,13 @@ class GuestMemory:
         self._view = memoryview(self._mmap)
         self.backing = ("memfd" if shared else "anonymous memory") + (", 2 MiB pages" if hugepages else "")
         self.regions: tuple[MemoryRegion, ...] = tuple(self._regions(start))
+
+    def _map(self, length: int) -> mmap.mmap:
+        if self.fd < 0:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
+            return mmap.mmap(-1, length, flags=flags)
+        os.ftruncate(self.fd, length)
+        return mmap.mmap(self.fd, length, flags=mmap.MAP_SHARED | lib.MAP_NORESERVE)
 
     def _regions(self, start: int) -> Iterator[MemoryRegion]:
         offset = start
@@ -144,14 +150,12 @@ class GuestMemory:
         try:
             if not os.path.isfile(path) and os.path.exists(path):
                 raise ImageError("not a regular file", path=str(path))
-            with open(path, "rb") as file:
-                data = file.read()
-            self.write(gpa, data)
+            with open(path, "rb") as file, self.view(gpa, os.fstat(file.fileno()).st_size) as target:
+                return file.readinto(target)
         except OSError as error:
             raise ImageError(error.strerror or str(error), path=str(path)) from error
         except GuestMemoryError as error:
             raise ImageError(str(error), path=str(path)) from error
-        return len(data)
 
     def close(self) -> None:
         """Unmap the memory. The VM that uses it must be closed first. Closing twice is harmless."""

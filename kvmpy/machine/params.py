@@ -8,7 +8,7 @@ Source: guests/abi.h, "The parameter page"; RFC 4122 §4.4 (random ids). Floor: 
 
 import os
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from kvmpy._shim import lib
 from kvmpy.machine import layout
@@ -26,13 +26,13 @@ def random_id() -> bytes:
     return bytes(random)
 
 
-@dataclass(frozen=True, slots=True)
 class Parameters:
     """What a guest is told: its name (at most 63 bytes of UTF-8), its UUID (16 bytes), and key=value pairs."""
 
-    name: str = "kvmpy"
-    id: bytes = field(default_factory=random_id)
-    pairs: dict[str, str] = field(default_factory=dict)
+    def __init__(self, name: str = "kvmpy", id: bytes | None = None, pairs: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.id = random_id() if id is None else id
+        self.pairs = dict(pairs or {})
 
 
 def write(memory: GuestMemory, cores: int, parameters: Parameters) -> None:

@@ -140,7 +140,10 @@ class VcpuThread:
             going = True
             while going and not (self._requests or self._paused or self._stopping):
                 going = self._handle(vcpu, vcpu.next_exit())
-            vcpu.complete()
+            while vcpu.complete():
+                # The instruction goes on: a wide or repeated access. Kicked, it is let no further than to its end.
+                vcpu.kick()
+                going = self._handle(vcpu, vcpu.next_exit()) and going
             if not going:
                 with self._changed:
                     self._paused = True

@@ -6,14 +6,16 @@ populated and locked, and HLT, PAUSE and MWAIT left to the guest instead of the 
 """
 
 import os
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
 
 from kvmpy._shim import lib
 from kvmpy.kvm import Kvm
 
 
-@dataclass(frozen=True, slots=True)
-class Dedication:
+class Dedication(NamedTuple):
     """Which host CPUs the vCPUs get, which remain for our other threads, and which exits are disabled."""
 
     vcpu_cpus: tuple[int, ...]
@@ -37,6 +39,17 @@ def dedicate(kvm: Kvm, cores: int) -> Dedication:
     wanted = lib.KVM_X86_DISABLE_EXITS_HLT | lib.KVM_X86_DISABLE_EXITS_PAUSE | lib.KVM_X86_DISABLE_EXITS_MWAIT
     possible = kvm.check_extension(lib.KVM_CAP_X86_DISABLE_EXITS)
     return Dedication(tuple(available[-cores:]), frozenset(available[:-cores]), wanted & possible)
+
+
+def restore_affinity() -> Callable[[], None]:
+    """Return a function that gives the calling thread back the host CPUs which it may use now. From any thread."""
+    thread, cpus = threading.get_native_id(), os.sched_getaffinity(0)
+
+    def restore() -> None:
+        with suppress(ProcessLookupError):  # the thread has ended
+            os.sched_setaffinity(thread, cpus)
+
+    return restore
 
 
 def describe_exits(mask: int) -> str:

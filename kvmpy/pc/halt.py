@@ -39,4 +39,4 @@ def _cannot_wake(vcpu: Vcpu) -> bool:
     state = vcpu.get_mp_state()
     if state == lib.KVM_MP_STATE_HALTED:
         return not vcpu.get_regs().rflags & lib.X86_EFLAGS_IF
-    return state == lib.KVM_MP_STATE_UNINITIALIZED
+    return state in (lib.KVM_MP_STATE_UNINITIALIZED, lib.KVM_MP_STATE_INIT_RECEIVED)

@@ -2,6 +2,7 @@
 
 import os
 import select
+import threading
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = threading.RLock()  # re-entrant: `wake` is for signal handlers too
         self._poll = select.poll()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self.watch(self._wake_fd, self._awake)
@@ -29,8 +31,10 @@ class EventLoop:
             self._poll.unregister(fd)
 
     def wake(self) -> None:
-        """Make a `wait` under way, or the next, return. From any thread or signal handler."""
-        os.eventfd_write(self._wake_fd, 1)
+        """Make a `wait` under way, or the next, return. From any thread or signal handler, also after `close`."""
+        with self._closing:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def wait(self, timeout: float | None) -> None:
         """Wait up to ``timeout`` seconds for the first events and serve them."""
@@ -45,9 +49,10 @@ class EventLoop:
 
     def close(self) -> None:
         """Close the loop's own descriptor; closing twice is harmless."""
-        if self._wake_fd >= 0:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+        with self._closing:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
 
 
 class Deadline:

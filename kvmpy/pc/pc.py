@@ -14,7 +14,7 @@ from kvmpy._shim import lib
 from kvmpy.devices import debug, power, reset
 from kvmpy.devices.rtc import CMOS_PORT, CMOS_SIZE, Cmos
 from kvmpy.devices.serial import SERIAL_SIZE, Uart16550
-from kvmpy.errors import ImageError
+from kvmpy.errors import KvmError
 from kvmpy.kvm import Kvm, Vcpu
 from kvmpy.machine import acpi, mptable, params, x86
 from kvmpy.machine.boot.detect import boot
@@ -23,7 +23,7 @@ from kvmpy.machine.bus import Device, InterruptLine, Mode
 from kvmpy.machine.machine import End, EndReason, Machine, Tracer
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.pc.capture import Capture, Sink
-from kvmpy.pc.dedicated import Dedication, dedicate
+from kvmpy.pc.dedicated import Dedication, dedicate, restore_affinity
 from kvmpy.pc.halt import HaltWatch
 from kvmpy.pc.loop import Deadline, EventLoop
 from kvmpy.pc.report import result_of
@@ -74,6 +74,9 @@ class Pc:
         self.dedication = dedicate(self.kvm, spec.cores) if spec.dedicated else None
         self.memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
         self._closers.append(self.memory.close)
+        self.serial_capture = Capture(self.loop, serial)
+        self.debugcon_capture = Capture(self.loop, debugcon)
+        self._closers += [self.serial_capture.close, self.debugcon_capture.close]
         self.machine = Machine(
             self.kvm,
             self.memory,
@@ -84,7 +87,7 @@ class Pc:
         )
         self._closers.append(self.machine.close)
         self.machine.tracer = tracer if spec.trace_exits else None
-        self._attach_devices(serial, debugcon)
+        self._attach_devices()
         self.entry = self._load()
         if self.dedication:
             self._dedicate_memory(self.dedication)
@@ -92,10 +95,7 @@ class Pc:
         for thread in self.machine.threads:
             thread.call(self._configure)
 
-    def _attach_devices(self, serial: Sink | None, debugcon: Sink | None) -> None:
-        self.serial_capture = Capture(self.loop, serial)
-        self.debugcon_capture = Capture(self.loop, debugcon)
-        self._closers += [self.serial_capture.close, self.debugcon_capture.close]
+    def _attach_devices(self) -> None:
         self.serial = Uart16550(self.serial_capture.output, self._interrupt(lib.KVMPY_IRQ_SERIAL))
         self.power = power.AcpiPm1(self._on_power_off, self._interrupt(lib.KVMPY_IRQ_ACPI))
         on_reset, exit_port = self._on_reset, debug.ExitPort(self._on_exit)
@@ -131,6 +131,7 @@ class Pc:
         return entry
 
     def _dedicate_memory(self, dedication: Dedication) -> None:
+        self._closers.append(restore_affinity())
         os.sched_setaffinity(0, dedication.host_cpus)
         try:
             self.memory.populate()
@@ -169,12 +170,14 @@ class Pc:
         `resume`, `stop` and `close` meanwhile.
 
         Raises:
-            ValueError: it ran already.
+            ValueError: it ran already, or is closed.
             Exception: what a Python device raised.
         """
         if self.started_at:
             raise ValueError("this PC ran already: make another")
         with self._running:
+            if not self._closers:
+                raise ValueError("this PC is closed")
             deadline = Deadline(timeout)
             halt = HaltWatch(self.machine) if watch_halt and not self.spec.dedicated else None
             self.started_at = self.ended_at = time.monotonic()
@@ -188,7 +191,7 @@ class Pc:
                 self.debugcon_capture.drain()
             end = self.machine.end
             assert end is not None
-            if end.error is not None and not isinstance(end.error, ImageError | OSError):
+            if end.error is not None and not isinstance(end.error, KvmError):
                 raise end.error
             return result_of(self)
 

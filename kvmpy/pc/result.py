@@ -1,7 +1,7 @@
 """How a run ended: the typed result and the exit status that stands for it."""
 
-from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 from kvmpy.machine.machine import End, EndReason
 
@@ -36,8 +36,7 @@ STATUS_OF = {
 """The status of each end but EXIT_PORT, whose status is the guest's."""
 
 
-@dataclass(frozen=True, slots=True)
-class RangeUse:
+class RangeUse(NamedTuple):
     """How often the guest accessed one device: answered in C and in Python together. String I/O counts elements."""
 
     name: str
@@ -47,8 +46,7 @@ class RangeUse:
     writes: int
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
+class RunResult(NamedTuple):
     """What came of a run.
 
     ``status`` is the exit status, ``message`` one line on why (empty when the guest ended by its own will).
@@ -66,9 +64,10 @@ class RunResult:
     unmapped_writes: int
     seconds: float
     seconds_in_guest: float
-    serial_bytes: bytes = b""
-    debugcon_bytes: bytes = b""
-    registers: dict[int, dict[str, int]] = field(default_factory=dict)
+    serial_bytes: bytes
+    debugcon_bytes: bytes
+    registers: dict[int, dict[str, int]]
+    """The general registers of each vCPU at the end, by vcpu_id."""
 
     @property
     def reason(self) -> EndReason:

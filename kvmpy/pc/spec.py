@@ -1,9 +1,10 @@
 """What a PC shall be: the typed description from which `Pc` builds one. Says, never does."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
 
 from kvmpy.machine.boot.plan import BootOptions
 from kvmpy.machine.bus import Mode
@@ -11,6 +12,9 @@ from kvmpy.units import PAGE_SIZE, MiB, format_size
 
 DEVICES = ("serial", "debugcon", "exit", "cmos", "keyboard", "port92", "reset", "acpi")
 """The names under which the devices of a PC stand in traces, counts and ``device_modes``."""
+
+NO_OPTIONS = BootOptions()
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class DebugExit(StrEnum):
@@ -22,7 +26,6 @@ class DebugExit(StrEnum):
     """(v << 1) | 1, as QEMU's isa-debug-exit"""
 
 
-@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """A PC with ``cores`` vCPUs and ``memory`` bytes of RAM that boots the file ``boot``.
 
@@ -36,23 +39,34 @@ class MachineSpec:
         ValueError: a figure is outside what any host allows; the message says the range.
     """
 
-    boot: str | os.PathLike[str]
-    cores: int = 1
-    memory: int = 128 * MiB
-    boot_options: BootOptions = field(default_factory=BootOptions)
-    name: str = "kvmpy"
-    id: bytes | None = None
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    hugepages: bool = False
-    dedicated: bool = False
-    pin: tuple[int, ...] = ()
-    debug_exit: DebugExit = DebugExit.KVMPY
-    device_modes: Mapping[str, Mode] = field(default_factory=dict)
-    trace_exits: bool = False
-    measure_time: bool = False
-    max_exits: int | None = None
+    def __init__(
+        self,
+        boot: str | os.PathLike[str],
+        *,
+        cores: int = 1,
+        memory: int = 128 * MiB,
+        boot_options: BootOptions = NO_OPTIONS,
+        name: str = "kvmpy",
+        id: bytes | None = None,
+        parameters: Mapping[str, str] = NOTHING,
+        hugepages: bool = False,
+        dedicated: bool = False,
+        pin: Sequence[int] = (),
+        debug_exit: DebugExit = DebugExit.KVMPY,
+        device_modes: Mapping[str, Mode] = NOTHING,
+        trace_exits: bool = False,
+        measure_time: bool = False,
+        max_exits: int | None = None,
+    ) -> None:
+        self.boot, self.boot_options = boot, boot_options
+        self.cores, self.memory = cores, memory
+        self.name, self.id, self.parameters = name, id, parameters
+        self.hugepages, self.dedicated, self.pin = hugepages, dedicated, tuple(pin)
+        self.debug_exit, self.device_modes = debug_exit, device_modes
+        self.trace_exits, self.measure_time, self.max_exits = trace_exits, measure_time, max_exits
+        self._check()
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         if self.cores < 1:
             raise ValueError(f"{self.cores} cores: allowed is 1 to what the host's KVM gives")
         host = host_memory()

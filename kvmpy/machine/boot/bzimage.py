@@ -167,8 +167,10 @@ def parse(image: ImageFile) -> Kernel | None:
 def version_text(image: ImageFile) -> str:
     """Return the kernel's own version line and its boot protocol, as far as a possibly broken file tells them."""
     raw = image.head(HEADER_LIMIT)
-    at = KERNEL_VERSION.get(raw) + SECTOR_SIZE
-    line = image.read(at, min(128, image.size - at)) if at < image.size else b""
+    pointer = KERNEL_VERSION.get(raw)
+    at = pointer + SECTOR_SIZE
+    # 0: there is no such line.
+    line = image.read(at, min(128, image.size - at)) if pointer and at < image.size else b""
     text = "".join(chr(byte) for byte in line.partition(b"\0")[0] if 0x20 <= byte < 0x7F)
     version = VERSION.get(raw)
     return f"{text or 'of unknown version'}, boot protocol {version >> 8}.{version & 0xFF:02}"

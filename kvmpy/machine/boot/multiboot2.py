@@ -122,8 +122,9 @@ def _parse(image: ImageFile) -> _Kernel | None:
     at = find_header(image, HEADER_MAGIC, words=4, alignment=8, limit=SEARCH)
     if at is None:
         return None
-    tags = _read_tags(image, at)
-    notes = _check_demands(image, tags)
+    every_tag = _read_tags(image, at)
+    notes = _check_demands(image, every_tag)
+    tags = {tag.type: tag for tag in every_tag}
     segments, rip, entry_at = _where(image, tags, at)
     check_entry(image, rip, CpuMode.PROTECTED, segments, at=entry_at)
     relocatable = tags.get(TAG_RELOCATABLE)
@@ -136,8 +137,8 @@ def _parse(image: ImageFile) -> _Kernel | None:
     return _Kernel(segments, rip, relocatable, notes)
 
 
-def _read_tags(image: ImageFile, at: int) -> dict[int, _Tag]:
-    """Return the header's tags by type, the last of each; tags begin at multiples of 8."""
+def _read_tags(image: ImageFile, at: int) -> list[_Tag]:
+    """Return the header's tags in their order, without the end tag; tags begin at multiples of 8."""
     _, architecture, length, _ = image.unpack(_HEADER, at)
     if architecture != ARCHITECTURE_I386:
         raise image.error(f"multiboot 2 architecture {architecture}: 0 (i386) is wanted", at + 4)
@@ -146,7 +147,7 @@ def _read_tags(image: ImageFile, at: int) -> dict[int, _Tag]:
         allowed = min(SEARCH, image.size) - at
         message = f"multiboot 2 header of {length} bytes: {_HEADER.size + _TAG.size} to {allowed} are possible"
         raise image.error(message, at + 8)
-    tags: dict[int, _Tag] = {}
+    tags: list[_Tag] = []
     tag_at = at + _HEADER.size
     while tag_at + _TAG.size <= end:
         type_, flags, size = image.unpack(_TAG, tag_at)
@@ -155,15 +156,15 @@ def _read_tags(image: ImageFile, at: int) -> dict[int, _Tag]:
         if size < _TAG.size + _LEAST_PAYLOAD.get(type_, 0) or tag_at + size > end:
             raise image.error(f"header tag {type_} of {size} bytes does not fit its header or its type", tag_at)
         payload = image.read(tag_at + _TAG.size, size - _TAG.size)
-        tags[type_] = _Tag(type_, bool(flags & TAG_OPTIONAL), payload, tag_at)
+        tags.append(_Tag(type_, bool(flags & TAG_OPTIONAL), payload, tag_at))
         tag_at = at + align_up(tag_at + size - at, 8)
     raise image.error("multiboot 2 header without an end tag", min(tag_at, end))
 
 
-def _check_demands(image: ImageFile, tags: dict[int, _Tag]) -> tuple[str, ...]:
+def _check_demands(image: ImageFile, tags: list[_Tag]) -> tuple[str, ...]:
     """Return notes on what is passed over; refuse a tag that is not optional and not served."""
     notes = []
-    for tag in tags.values():
+    for tag in tags:
         unserved = _unserved(tag)
         if unserved and not tag.optional:
             raise image.error(f"multiboot 2 header demands {unserved}", tag.at)

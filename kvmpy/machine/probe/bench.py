@@ -7,7 +7,6 @@ always ends: the time it gets is bounded, and a signal takes it out of KVM_RUN.
 Source: KVM API §5; Intel SDM vol. 3 §6 (vectors).
 """
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,10 +85,15 @@ class Bench:
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
-        self.vm = kvm.create_vm()
-        self.memory = GuestMemory(tables.RAM_SIZE)
-        self._vcpu_ids = itertools.count()
         self.cpuid = kvm.get_supported_cpuid()
+        self.vm = kvm.create_vm()
+        # Held, so that closing the VM closes also those that a refused ioctl left open.
+        self._vcpus: list[Vcpu] = []
+        try:
+            self.memory = GuestMemory(tables.RAM_SIZE)
+        except BaseException:
+            self.vm.close()
+            raise
         try:
             self.vm.set_identity_map_addr(layout.IDENTITY_MAP)
             self.vm.set_tss_addr(layout.TSS)
@@ -129,7 +133,8 @@ class Bench:
 
     def add_vcpu(self, cpuid: Sequence[CpuidEntry] = ()) -> Vcpu:
         """Return a new vCPU as KVM makes it."""
-        vcpu = self.vm.create_vcpu(next(self._vcpu_ids))
+        vcpu = self.vm.create_vcpu(len(self._vcpus))
+        self._vcpus.append(vcpu)
         vcpu.set_cpuid2(cpuid or self.cpuid)
         return vcpu
 

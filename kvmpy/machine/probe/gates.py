@@ -4,7 +4,6 @@ Source: Intel SDM vol. 3 §6.12 (gates), §5.8.8 (SYSCALL); Linux, Documentation
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from kvmpy.machine import x86
 from kvmpy.machine.probe import tables
@@ -77,7 +76,7 @@ def cpuid_mask(mode: Mode) -> Callable[[Bench], Judgement]:
     """Return the judge of CPUID in ``mode``: are features absent that KVM_SET_CPUID2 took away?"""
 
     def judge(bench: Bench) -> Judgement:
-        masked = [replace(e, ecx=MASKED_ECX) if e.function == 1 else e for e in bench.cpuid]
+        masked = [e.replace(ecx=MASKED_ECX) if e.function == 1 else e for e in bench.cpuid]
         with bench.start(CPUID_1_ECX, mode, cpuid=masked) as vcpu:
             outcome = finish(vcpu)
         if not isinstance(outcome, Done):

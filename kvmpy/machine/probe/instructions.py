@@ -117,7 +117,7 @@ PROBES = (
     Probe(Ability.RDTSCP_CPL0, expect(RDTSCP, Done(0)), _PLAIN),
     Probe(Ability.CMPXCHG16B_CPL0, expect(CMPXCHG16B, Done(0x5A)), _PLAIN),
     Probe(Ability.CLAC_STAC_CPL0, expect(CLAC_STAC, Done(1)), _PLAIN),
-    Probe(Ability.MOVBE_CPL0, expect(MOVBE, Done(0x11223344)), _PLAIN),
+    Probe(Ability.MOVBE_CPL0, expect(MOVBE, Done(0x44332211)), _PLAIN),
     Probe(Ability.RDPID_CPL0, expect(RDPID, Done(0)), _PLAIN),
     Probe(Ability.LZCNT_CPL0, expect(LZCNT, Done(19)), _PLAIN),
     Probe(Ability.TZCNT_CPL0, expect(TZCNT, Done(32)), _PLAIN),

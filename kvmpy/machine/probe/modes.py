@@ -34,6 +34,15 @@ LONG = bytes.fromhex(
     "48c1e020"  # shl $32, %rax
     "48c1e820"  # shr $32, %rax
 )
+# Return from an interrupt that never was, to user code at 0x1015: the frame of SS, RSP, RFLAGS (IOPL 3), CS, RIP.
+ENTER_USER = bytes.fromhex(
+    "6a33"  # push $0x33
+    "68 00f00000"  # push $0xf000
+    "68 02300000"  # push $0x3002
+    "6a3b"  # push $0x3b
+    "68 15100000"  # push $0x1015
+    "48cf"  # iretq
+)
 COUNTDOWN = bytes.fromhex(
     "ffc9"  # dec %ecx
     "75fc"  # jnz .-2
@@ -98,12 +107,12 @@ PROBES = (
     ),
     Probe(
         Ability.LONG_CPL0,
-        expect(LONG, Done(0x50), mode=Mode.CPL0),
+        expect(LONG, Done(0x50)),
         "use a 64-bit processor and kernel",
     ),
     Probe(
         Ability.LONG_CPL3,
-        expect(LONG, Done(0x53), mode=Mode.CPL3),
+        expect(ENTER_USER + LONG, Done(0x53)),
         "stay at CPL0 in the guest",
     ),
     Probe(

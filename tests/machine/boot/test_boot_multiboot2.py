@@ -253,6 +253,12 @@ def test_what_is_not_served_is_refused_unless_optional(write, memory, unserved, 
     assert any(text in remark for remark in found.notes)
 
 
+def test_a_demand_is_not_hidden_by_a_later_tag_of_its_type(write, memory):
+    """§3.1.3: each tag binds, not only the last of its type."""
+    path = write(multiboot2(tag(1, words(99)), tag(1, words(1))))
+    refused(path, memory, "unknown type 99")
+
+
 @pytest.mark.parametrize(
     "served",
     [
