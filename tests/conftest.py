@@ -13,11 +13,10 @@ from typing import Any
 
 import guest_code
 import pytest
-from guest_code import assemble, entry_of
+from guest_code import assemble, set_up
 
 from kvmpy import Kvm, KvmUnavailable, MiB
 from kvmpy.kvm import Vcpu, Vm
-from kvmpy.machine import x86
 from kvmpy.machine.boot.plan import BootOptions, CpuMode
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.pc import MachineSpec, Pc, RunResult
@@ -76,14 +75,6 @@ def memory(vm: Vm) -> Iterator[GuestMemory]:
         memory.map_into(vm)
         yield memory
         vm.close()
-
-
-def set_up(vcpu: Vcpu, memory: GuestMemory, code: bytes, mode: str) -> None:
-    """Put ``code`` into the guest and let ``vcpu`` begin with it in ``mode``."""
-    memory.write(entry_of(mode), code)
-    if mode != "real":
-        x86.write_boot_tables(memory, long=mode == "long")
-    {"real": x86.real_mode, "protected": x86.protected_mode, "long": x86.long_mode}[mode](vcpu, entry_of(mode))
 
 
 @pytest.fixture

@@ -5,6 +5,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from kvmpy.kvm import Vcpu
+from kvmpy.machine import x86
+from kvmpy.machine.memory import GuestMemory
+
 ROOT = Path(__file__).resolve().parents[1]
 
 REAL_ENTRY = 0x1000
@@ -39,3 +43,11 @@ def assemble(text: str, mode: str = "real") -> bytes:
         assert done.returncode == 0, f"{done.stderr}\n{source}"
         made.replace(kept)
     return kept.read_bytes()
+
+
+def set_up(vcpu: Vcpu, memory: GuestMemory, code: bytes, mode: str) -> None:
+    """Put ``code`` into the guest and let ``vcpu`` begin with it in ``mode``."""
+    memory.write(entry_of(mode), code)
+    if mode != "real":
+        x86.write_boot_tables(memory, long=mode == "long")
+    {"real": x86.real_mode, "protected": x86.protected_mode, "long": x86.long_mode}[mode](vcpu, entry_of(mode))

@@ -2,47 +2,55 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
 from kvmpy.pc.loop import EventLoop
 
+IMPATIENCE = 1.0  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Interruption:
-    """Catches SIGNALS while its block is entered. ``received`` is the number of the first that came, or 0.
+    """Catches SIGNALS while its block is entered. ``received`` is the number of the last that came, or 0.
 
-    Before `attach`, and from the second one on, a signal raises KeyboardInterrupt where the main thread is. In
-    between it is passed on through a descriptor: a handler runs between any two steps of the main thread, which may
-    hold just the locks that ending a run takes.
+    Before `attach`, and when one comes IMPATIENCE after the first, a signal raises KeyboardInterrupt where the main
+    thread is. (Sooner it is the same wish twice: timeout(1) signals a process, and then its group.) Otherwise it is
+    passed on through a pipe, for two reasons. A handler runs between any two steps of the main thread,
+    which may hold just the locks that ending a run takes. And a signal that comes when the main thread is about to
+    wait would not end that wait: Python runs the handler only afterwards, but writes to the pipe at once.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._first_at = 0.0
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._attached = False
         self._before: dict[signal.Signals, Any] = {}
 
     def attach(self, loop: EventLoop, stop: Callable[[], object]) -> None:
         """Call ``stop`` from ``loop`` after a signal; from now on a first signal interrupts nothing."""
 
-        def received() -> None:
-            os.eventfd_read(self._fd)
-            stop()
+        def wake() -> None:
+            os.read(self._read_fd, 64)
+            if self.received:
+                stop()
 
-        loop.watch(self._fd, received)
+        loop.watch(self._read_fd, wake)
         self._attached = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        first = not self.received
+        now = time.monotonic()
+        if not self.received:
+            self._first_at = now
         self.received = signum
-        if not (first and self._attached):
+        if not self._attached or now - self._first_at > IMPATIENCE:
             raise KeyboardInterrupt
-        os.eventfd_write(self._fd, 1)
 
     def __enter__(self) -> Self:
+        self._wakeup_before = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for signum in SIGNALS:
             # nohup says that the terminal may go; nobody may say that a run cannot be interrupted.
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
@@ -53,4 +61,6 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        os.close(self._fd)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._read_fd)
+        os.close(self._write_fd)

@@ -66,6 +66,10 @@ class MachineSpec:
         self.trace_exits, self.measure_time, self.max_exits = trace_exits, measure_time, max_exits
         self._check()
 
+    def replace(self, **changes: Any) -> "MachineSpec":
+        """Return a copy with some fields changed. Raises ValueError and TypeError as the constructor does."""
+        return MachineSpec(**vars(self) | changes)
+
     def _check(self) -> None:
         if self.cores < 1:
             raise ValueError(f"{self.cores} cores: allowed is 1 to what the host's KVM gives")

@@ -3,7 +3,7 @@
 import re
 import threading
 from argparse import Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def run(lesson: Lesson, *, traced: bool) -> Outcome:
     def trace(vcpu: Vcpu, exit: Exit) -> None:
         seen.setdefault(vcpu.vcpu_id, []).extend(described(exit))
 
-    spec = replace(spec_of(options), trace_exits=traced)
+    spec = spec_of(options).replace(trace_exits=traced)
     printed = threading.Event()
     with Pc(spec, tracer=trace, debugcon=lambda data: printed.set()) as pc:
         asker = threading.Thread(target=lambda: printed.wait(TIMEOUT) and pc.request_stop())

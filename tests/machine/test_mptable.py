@@ -112,11 +112,14 @@ def test_lint0_is_extint_and_lint1_is_nmi() -> None:
     assert local == [(3, 0, 0, 0, 0, 0), (1, 0, 0, 0, 0xFF, 1)]
 
 
-def test_nothing_but_the_two_tables_is_written(memory: GuestMemory) -> None:
-    """The address map: page 0 and all below the EBDA stay free for the guest."""
+def test_nothing_is_written_but_the_tables_and_the_words_that_lead_to_them(memory: GuestMemory) -> None:
+    """MP 1.4 §4: a search starts from 0x40e (the EBDA's segment) and 0x413 (KiB of base memory)."""
     mptable.write(memory, 1024)
     table = mptable.build(1024)
     rest = bytearray(memory.read(0, 2 * MiB))
+    assert rest[0x40E:0x410] == (0x9FC0).to_bytes(2, "little")
+    assert rest[0x413:0x415] == (639).to_bytes(2, "little")
+    rest[0x40E:0x410] = rest[0x413:0x415] = bytes(2)
     rest[layout.EBDA : layout.EBDA + 16] = bytes(16)
     rest[layout.MP_TABLE : layout.MP_TABLE + len(table)] = bytes(len(table))
     assert not any(rest)
