@@ -98,8 +98,8 @@ def execute(arguments: Namespace) -> int:
         arguments = with_lesson(arguments)
     if arguments.interactive and not os.isatty(STDIN):
         raise UsageError("-i needs a terminal on standard input", "kvmpy run")
-    if arguments.interactive and arguments.serial != "stdio":
-        raise UsageError(f"-i needs --serial stdio, not {arguments.serial}", "kvmpy run")
+    if arguments.interactive and arguments.serial == "none":
+        raise UsageError("-i needs a serial port: not --serial none", "kvmpy run")
     return run(arguments, spec_of(arguments))
 
 

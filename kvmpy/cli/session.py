@@ -29,9 +29,10 @@ def run(arguments: Namespace, spec: MachineSpec) -> int:
         try:
             session = Session(arguments, spec, stack)
             result = session.run()
+            status = session.report(result)
             if record is not None:
                 record.write_result(session.pc, result)
-            return session.report(result)
+            return status
         except Exception as error:
             if record is not None:
                 record.write_failure(error)
@@ -103,7 +104,7 @@ class Session:
         """Let the serial port hear standard input, within ``block``."""
         if self._arguments.interactive:
             self._tie_terminal(block)
-        elif self._arguments.serial == "stdio" and not os.isatty(STDIN):
+        elif self._arguments.serial != "none" and not os.isatty(STDIN):
             block.callback(SerialInput(STDIN, self.pc.serial, self.pc.loop).close)
 
     def _tie_terminal(self, block: ExitStack) -> None:
@@ -148,17 +149,17 @@ class Session:
         """Say how the run ended and write what was asked for; return the exit status. Raises OSError."""
         arguments = self._arguments
         self._end_line()
-        gone = [output for output in self._outputs if isinstance(output.error, BrokenPipeError)]
-        if result.message and not gone:
+        errors = [output.error for output in self._outputs if output.error is not None]
+        if result.message and not errors:
             say(result.message)
         if arguments.verbose or arguments.stats:
             from kvmpy.cli.report import ended_text, stats_text
 
             show(ended_text(self.pc, result) if arguments.verbose else "")
             show(stats_text(self.pc, result) if arguments.stats else "")
-        for output in self._outputs:
-            if output.error is not None and output not in gone:
-                raise output.error
+        for error in errors:
+            if not isinstance(error, BrokenPipeError):  # that reader has seen enough: the run was interrupted
+                raise error
         return result.status
 
     def _end_line(self) -> None:

@@ -139,8 +139,9 @@ class Vcpu:
 
     def set_budget(self, *, max_exits: int | None = None, timeout: float | None = None) -> None:
         """Stop after ``max_exits`` more exits or ``timeout`` seconds from now; None lifts the limit."""
-        self._loop.max_exits = NO_BUDGET if max_exits is None else self.exits_total + max_exits
-        self._loop.deadline_ns = 0 if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
+        self._loop.max_exits = NO_BUDGET if max_exits is None else min(self.exits_total + max_exits, NO_BUDGET)
+        deadline_ns = time.monotonic_ns() + int((timeout or 0) * 1e9)
+        self._loop.deadline_ns = 0 if timeout is None else min(max(deadline_ns, 1), NO_BUDGET)
 
     def trace_exits(self, on: bool) -> None:
         """Return every exit to Python, also those that C could answer; or stop doing so."""

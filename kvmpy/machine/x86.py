@@ -40,7 +40,9 @@ def real_mode(vcpu: Vcpu, entry: int, *, segment: int = 0) -> None:
     for register in (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
         _set_segment(register, selector=0, base=0, limit=0xFFFF, type=DATA)
     _set_segment(sregs.cs, selector=segment, base=segment << 4, limit=0xFFFF, type=CODE)
-    sregs.cr0 &= ~lib.X86_CR0_PE
+    sregs.cr0 &= ~(lib.X86_CR0_PE | lib.X86_CR0_PG)
+    sregs.cr4 = sregs.efer = 0
+    sregs.idt.base, sregs.idt.limit = 0, 0x3FF
     vcpu.set_sregs(sregs)
     _start(vcpu, entry)
 

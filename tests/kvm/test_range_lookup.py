@@ -78,7 +78,7 @@ def test_c_finds_the_range_that_the_bus_finds(board, data):
         row = found_in_c(table, space, address, size)
         event("found" if row is not None else "not found")
         got = None if row is None else table.ranges[row]
-        assert (got and rows[int(expected.name)][2]) is got if expected else got is None
+        assert got is (rows[int(expected.name)][2] if expected else None)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
