@@ -22,7 +22,7 @@ check: $(VENV)/test-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layering.py tests/guests/test_headers.py
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_style.py tests/guests/test_lesson_headers.py
 	@lines=$$(cat csrc/*.c csrc/*.h csrc/*.py csrc/cdef/*.cdef | wc -l); \
 	 echo "csrc/ has $$lines of at most 2500 lines"; test $$lines -le 2500
 
@@ -44,6 +44,7 @@ $(VENV)/kvmpy: $(SHIM_SOURCES)
 	@sh csrc/prerequisites.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --editable . --config-settings editable_mode=compat
+	$(BIN)/python -m compileall -q kvmpy
 	@touch $@
 
 $(VENV)/test-tools: $(VENV)/kvmpy

@@ -99,7 +99,7 @@ def loaded_text(pc: Pc) -> str:
     spec, entry = pc.spec, pc.entry
     lines = [f"{os.fspath(spec.boot)}: {boot_title(spec)}, starts in {entry.mode} mode at 0x{entry.rip:x}"]
     places = ", ".join(span(region.gpa, region.size) for region in pc.memory.regions)
-    lines.append(f"memory: {format_size(spec.memory)} at {places}, from {pc.memory.backing}")
+    lines.append(f"memory: {format_size(spec.memory)} at {places}, backed by {pc.memory.backing}")
     host_cpus = pc.dedication.vcpu_cpus if pc.dedication else spec.pin
     pinned = "".join(f", vCPU {vcpu_id} on host CPU {cpu}" for vcpu_id, cpu in enumerate(host_cpus))
     lines.append(f"vCPUs: {spec.cores}{pinned}")
@@ -120,11 +120,13 @@ def boot_title(spec: MachineSpec) -> str:
 
 def ended_text(pc: Pc, result: RunResult) -> str:
     """Return what else is worth knowing of a run: accesses that nobody answered, and how KVM mapped the memory."""
-    nobody = f"nobody answered {result.unmapped_reads} reads (all ones) and {result.unmapped_writes} writes"
-    lines = [f"ended: {result.reason}, status {result.status}", nobody]
+    lines = [f"ended: {result.reason}, status {result.status}"]
+    if result.unmapped_reads or result.unmapped_writes:
+        lines.append(f"nobody answered {result.unmapped_reads} reads (all ones) and {result.unmapped_writes} writes")
     try:
         stats = pc.machine.vm.get_stats()
-        lines.append(f"memory mapped: {stats['pages_4k']} pages of 4 KiB, {stats['pages_2m']} of 2 MiB")
+        if stats["pages_4k"] or stats["pages_2m"]:
+            lines.append(f"memory mapped: {stats['pages_4k']} pages of 4 KiB, {stats['pages_2m']} of 2 MiB")
     except (KvmError, KeyError):
         pass  # a kernel without binary statistics
     return "".join(f"kvmpy: {line}\n" for line in lines)

@@ -59,7 +59,7 @@ def exit_text(exit: Exit) -> str:
     """Return an exit as its name and fields; a read shows what it was answered."""
     match exit:
         case IoOut(port=port, size=size, count=count, data=data):
-            return f"IoOut port=0x{port:x} size={size}{_data(data, size, count)}"
+            return f"IoOut port=0x{port:x} size={size}{_data(data, size, count)}{_character(data)}"
         case IoIn(port=port, size=size, count=count, buffer=buffer):
             return f"IoIn port=0x{port:x} size={size}{_data(bytes(buffer), size, count)}"
         case MmioWrite(phys_addr=gpa, data=data):
@@ -78,14 +78,17 @@ def exit_text(exit: Exit) -> str:
 
 
 def _data(data: bytes, size: int, count: int) -> str:
-    """Return the data of an access: a number; as characters too where they are; the start of a long string."""
-    if count > 1:
-        shown, more = data[:SHOWN], " ..." if len(data) > SHOWN else ""
-        text = f" {shown.decode()!r}" if size == 1 and shown.isascii() and shown.decode().isprintable() else ""
-        return f" count={count} data={shown.hex(' ', size)}{text}{more}"
-    value = int.from_bytes(data, "little")
-    character = f" {chr(value)!r}" if size == 1 and (0x20 <= value < 0x7F or value in b"\t\n\r") else ""
-    return f" data=0x{value:x}{character}"
+    """Return the data of an access: a number, or the bytes with which a string instruction's begin."""
+    if count == 1:
+        return f" data=0x{int.from_bytes(data, 'little'):x}"
+    shown, more = data[:SHOWN], " ..." if len(data) > SHOWN else ""
+    text = f" {shown.decode()!r}" if size == 1 and shown.isascii() and shown.decode().isprintable() else ""
+    return f" count={count} data={shown.hex(' ', size)}{text}{more}"
+
+
+def _character(data: bytes) -> str:
+    """Return what a console would make of one byte; nothing where that is no character."""
+    return f" {chr(data[0])!r}" if len(data) == 1 and (0x20 <= data[0] < 0x7F or data in b"\t\n\r") else ""
 
 
 def _number(value: object) -> str:
@@ -98,9 +101,6 @@ def record_line(record: ExitRecord) -> str:
     text = f"#{record.number} rip 0x{record.rip:x} {reason}"
     if reason not in ("IO", "MMIO"):
         return text
-    direction, count = (
-        "write" if record.is_write else "read",
-        f" count={record.elements}" if record.elements > 1 else "",
-    )
-    where = "port" if reason == "IO" else "gpa"
+    direction, where = "write" if record.is_write else "read", "port" if reason == "IO" else "gpa"
+    count = f" count={record.elements}" if record.elements > 1 else ""
     return f"{text} {direction} {where}=0x{record.address:x} size={record.size}{count} data=0x{record.data:x}"

@@ -189,9 +189,14 @@ def test_without_i_the_terminal_is_left_alone(terminal: Callable[..., Terminal],
 def test_an_exception_restores_the_terminal() -> None:
     master, slave = os.openpty()
     before = termios.tcgetattr(slave)
-    with pytest.raises(ZeroDivisionError), RawTerminal(slave):
-        assert termios.tcgetattr(slave) != before
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with RawTerminal(slave):
+            assert termios.tcgetattr(slave) != before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert termios.tcgetattr(slave) == before
     os.close(master)
     os.close(slave)
