@@ -7,6 +7,7 @@ a Python device that raises, shows a traceback.
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Protocol, cast
 
 from kvmpy.cli.messages import UsageError, fail
@@ -61,6 +62,8 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         raise UsageError(f"no {kind} {name!r}: there are {', '.join(COMMANDS)}")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     module, summary = COMMANDS[name]
     command = cast(Command, import_module(module))
     parser = Parser(prog=f"kvmpy {name}", description=f"{summary[0].upper()}{summary[1:]}.")
@@ -91,4 +94,4 @@ def _keep_standard_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number: fd
+            pass  # the lowest free number: fd

@@ -121,8 +121,9 @@ class Machine:
         self._device_lock = threading.Lock()
         self.vm = kvm.create_vm()
         try:
-            self._create_chips(disable_exits)
+            # Memory first: a slot added behind an irqchip waits for a grace period of the host's kernel, 7 ms.
             memory.map_into(self.vm)
+            self._create_chips(disable_exits)
         except BaseException:
             self.vm.close()
             raise

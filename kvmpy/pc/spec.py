@@ -87,6 +87,8 @@ class MachineSpec:
             raise ValueError(f"host CPU {forbidden[0]} to pin to: this process may use {allowed}")
         if self.pin and self.dedicated:
             raise ValueError("dedicated chooses the host CPUs itself: it excludes pin")
+        if self.max_exits is not None and self.max_exits < 0:
+            raise ValueError(f"max_exits of {self.max_exits}: 0 or more is wanted")
         unknown = set(self.device_modes) - set(DEVICES)
         if unknown:
             raise ValueError(f"no device {sorted(unknown)[0]!r}: there are {', '.join(DEVICES)}")

@@ -32,10 +32,9 @@ def kvmpy(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
         if "input" not in options:
             options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("env", environment())
         command = [sys.executable, "-m", "kvmpy", *arguments]
-        return subprocess.run(
-            command, stderr=subprocess.PIPE, cwd=tmp_path, env=environment(), text=True, timeout=DEADLINE, **options
-        )
+        return subprocess.run(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True, timeout=DEADLINE, **options)
 
     return run
 

@@ -38,9 +38,7 @@ def test_registers_of_a_fresh_vcpu_are_those_of_reset(vm: Vm) -> None:
 
 def test_sync_regs_are_what_get_regs_says(start: Start) -> None:
     """KVM API, KVM_CAP_SYNC_REGS: the run page has the registers at each exit."""
-    vcpu = start(
-        "movl $0x1234567, %eax\n movl $0x89abcdef, %esi\n std\n outb %al, $1\n incl %eax\n outb %al, $2\n hlt"
-    )
+    vcpu = start("movl $0x1234567, %eax\n movl $0x89abcdef, %esi\n std\n outb %al, $1\n incl %eax\n outb %al, $2\n hlt")
     for expected in (IoOut(1, 1, b"\x67"), IoOut(2, 1, b"\x68"), Hlt()):
         assert vcpu.next_exit() == expected
         assert values(vcpu.get_regs()) == by_ioctl(vcpu)

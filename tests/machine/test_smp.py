@@ -60,9 +60,7 @@ BOOT = """
         hlt
 """
 BY_XAPIC = f"movl ${APIC}, %ebx\n movl $0xc4500, 0x300(%rbx)\n movl $0xc4608, 0x300(%rbx)\n"
-BY_X2APIC = (
-    X2APIC + "movl $0x830, %ecx\n xorl %edx, %edx\n movl $0xc4500, %eax\n wrmsr\n movl $0xc4608, %eax\n wrmsr\n"
-)
+BY_X2APIC = X2APIC + "movl $0x830, %ecx\n xorl %edx, %edx\n movl $0xc4500, %eax\n wrmsr\n movl $0xc4608, %eax\n wrmsr\n"
 
 
 def wake_all(make_pc: Callable[..., Pc], cores: int, wake: str, own_id: str) -> RunResult:
@@ -73,9 +71,7 @@ def wake_all(make_pc: Callable[..., Pc], cores: int, wake: str, own_id: str) -> 
 
 @pytest.mark.parametrize("cores", [2, 8])
 @pytest.mark.parametrize(("wake", "own_id"), [(BY_XAPIC, XAPIC_ID), (BY_X2APIC, X2APIC_ID)], ids=["xapic", "x2apic"])
-def test_every_core_wakes_with_an_id_of_its_own(
-    make_pc: Callable[..., Pc], cores: int, wake: str, own_id: str
-) -> None:
+def test_every_core_wakes_with_an_id_of_its_own(make_pc: Callable[..., Pc], cores: int, wake: str, own_id: str) -> None:
     """Intel SDM vol. 3 §9.4.4: INIT, SIPI. CPUID leaves 1 and 0xb and the APIC agree; the id is the vCPU's."""
     result = wake_all(make_pc, cores, wake, own_id)
     assert (result.reason, result.status) == (EndReason.EXIT_PORT, 0)

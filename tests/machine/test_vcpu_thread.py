@@ -189,9 +189,7 @@ def test_vcpu_that_cannot_be_created_is_reported(board: Board) -> None:
     """Its thread ends: whoever asks it something is told so."""
     board.start(SPIN)
     board.threads[0].call(lambda vcpu: None)
-    twin = VcpuThread(
-        board.vm, 0, prepare=lambda vcpu: None, handle=lambda vcpu, exit: True, on_error=board.on_error
-    )
+    twin = VcpuThread(board.vm, 0, prepare=lambda vcpu: None, handle=lambda vcpu, exit: True, on_error=board.on_error)
     assert board.failed.wait(LONG)
     assert [str(error) for _, error in board.errors] == ["KVM_CREATE_VCPU: EEXIST (vcpu_id=0)"]
     with pytest.raises(RuntimeError, match="has ended"):
