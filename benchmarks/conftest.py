@@ -17,7 +17,7 @@ from kvmpy import Kvm, KvmUnavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "benchmarks"
-HEADINGS = ("measured", "kvmpy", "baseline", "ratio or difference", "aim", "met")
+HEADINGS = ("measured", "kvmpy", "baseline", "ratio or difference", "at most", "met")
 WIDTHS = (38, 10, 10, 24, 8, 3)
 """Columns, with one space between: 98 in all."""
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 LEFT_OUT = ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "PYTHONPROFILEIMPORTTIME", "PYTHONPATH")
@@ -26,7 +26,7 @@ def plain_environment() -> Mapping[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
 
 
-def live(command: Sequence[str]) -> Life:
+def live(command: list[str]) -> Life:
     """Start ``command`` with nothing on standard input, and wait for its end."""
     reader, writer = os.pipe()
     nothing = os.open(os.devnull, os.O_RDWR)

@@ -24,7 +24,7 @@ from kvmpy.machine.machine import Machine
 
 GUEST = bytes.fromhex("e6e9 ebfc")  # 1: out %al, $0xe9; jmp 1b
 PORT, ENTRY = 0xE9, 0x1000
-EXITS, ROUNDS = 500, 300
+EXITS, ROUNDS = 500, 400
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
 

@@ -47,4 +47,4 @@ def test_peak_memory(benchmark: BenchmarkFixture, rows: list[Row], size: str, na
     runs: list[dict[str, int]] = []
     benchmark.pedantic(lambda: runs.append(measure(size)), rounds=5)
     beyond = [(run["peak"] - run["touched"]) / (1 << 20) for run in runs]
-    rows.append(figure(f"peak memory beyond the guest's, {name}", "MiB", beyond, aim=24))
+    rows.append(figure(f"peak memory beyond guest's, {name}", "MiB", beyond, aim=24))

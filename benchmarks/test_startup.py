@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from sampling import Row, figure, ratio
 
 IMAGE = str(ROOT / "guest.img")
-ROUNDS = 50
+ROUNDS = 80
 QEMU_SUCCESS = 1  # isa-debug-exit makes (v << 1) | 1 of the guest's v
 
 

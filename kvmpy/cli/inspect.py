@@ -10,7 +10,7 @@ from kvmpy.units import MiB, format_size
 
 def configure(parser: Parser) -> None:
     """Say what the command line may hold."""
-    parser.add_argument("file", metavar="FILE", help="the image")
+    parser.add_argument("file", metavar="FILE", type=types.path, help="the image")
     parser.add_argument("--mem", metavar="SIZE", type=types.size, default=128 * MiB, help="for this memory (128M)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

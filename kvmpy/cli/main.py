@@ -94,4 +94,4 @@ def _keep_standard_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            pass  # the lowest free number: fd
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: fd

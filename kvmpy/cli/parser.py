@@ -40,6 +40,14 @@ def reads(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 @reads
+def path(text: str) -> str:
+    """Read the name of a file."""
+    if not text:
+        raise ValueError("an empty name")
+    return text
+
+
+@reads
 def size(text: str) -> int:
     """Read a size in bytes: 512M, 3.5G."""
     return parse_size(text)

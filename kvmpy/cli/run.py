@@ -22,7 +22,7 @@ LESSON = "lesson:"
 def configure(parser: Parser) -> None:
     """Say what the command line may hold."""
     add = parser.add_argument
-    add("file", metavar="FILE", help="the image, or lesson:NAME")
+    add("file", metavar="FILE", type=types.path, help="the image, or lesson:NAME")
     machine = parser.add_argument_group("the machine")
     add = machine.add_argument
     add("--cores", metavar="N", type=types.whole, default=1, help="vCPUs (1)")

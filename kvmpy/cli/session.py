@@ -149,7 +149,9 @@ class Session:
         """Say how the run ended and write what was asked for; return the exit status. Raises OSError."""
         arguments = self._arguments
         self._end_line()
-        errors = [output.error for output in self._outputs if output.error is not None]
+        # A signal explains them all: a terminal that hangs up sends one, and takes no more output.
+        interrupted = self._interruption.received
+        errors = [output.error for output in self._outputs if output.error is not None and not interrupted]
         if result.message and not errors:
             say(result.message)
         if arguments.verbose or arguments.stats:

@@ -9,7 +9,7 @@ import termios
 from collections.abc import Callable
 from typing import Any, Self
 
-from kvmpy.cli.messages import say, show
+from kvmpy.cli.messages import say
 from kvmpy.cli.monitor import Monitor
 
 ESCAPE = 0x01
@@ -126,7 +126,6 @@ class Keyboard:
     def _command(self, key: bytes) -> None:
         match key:
             case b"x":
-                show("\n")
                 self._stop()
             case b"c":
                 self._monitor.toggle()

@@ -32,6 +32,7 @@ def check(done: "subprocess.CompletedProcess[str]", status: int, *words: str) ->
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no file": (["run"], ["FILE"]),
+    "a file without a name": (["run", ""], ["FILE", "empty"]),
     "unknown command": (["walk"], ["walk", "run, inspect, lessons, doctor"]),
     "unknown option of kvmpy": (["--walk"], ["--walk"]),
     "unknown option": (["run", "x", "--walk"], ["--walk"]),

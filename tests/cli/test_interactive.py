@@ -82,7 +82,9 @@ def test_a_terminal_that_hangs_up_ends_the_run(echo: Terminal) -> None:
     echo.type(b"a")
     echo.read_until(b"a")
     # The last descriptor of the terminal's other side: the line is dropped, and SIGHUP comes.
-    os.dup2(os.open(os.devnull, os.O_RDWR), echo.master)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, echo.master)
+    os.close(null)
     assert echo.wait() == 130
 
 
@@ -133,9 +135,14 @@ def test_keys_are_the_monitors_until_it_is_left(monitor: Terminal) -> None:
     monitor.read_until(b"<hello>")
 
 
-def test_a_paused_guest_echoes_nothing_until_it_goes_on(monitor: Terminal) -> None:
+def test_a_paused_guest_stands_still_until_it_goes_on(monitor: Terminal) -> None:
     monitor.type(b"pause\r")
     monitor.read_until(b"paused\r\n(kvmpy) ")
+    counts = []
+    for _ in range(2):
+        monitor.type(b"exits\r")
+        counts.append(monitor.read_until(b"(kvmpy) "))  # a guest that runs asks for keys all the time
+    assert counts[0] == counts[1]
     monitor.type(b"\x01c")
     monitor.read_until(b"back to the guest, which is paused\r\n")
     monitor.type(b"waiting\x01c")

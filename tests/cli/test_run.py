@@ -1,5 +1,6 @@
 """``kvmpy run``: what goes where, what the options show, and how it ends."""
 
+import fcntl
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from command_line import DEADLINE, ECHO, HELLO, SPIN, environment
 
 import kvmpy as package
+from kvmpy.units import PAGE_SIZE
 
 pytestmark = pytest.mark.kvm
 
@@ -156,14 +158,15 @@ def test_all_of_a_long_output_arrives(kvmpy: Kvmpy, image: Callable[..., str]) -
 END = "xorb %al, %al ; outb %al, $0xf4 ; hlt"
 
 
-def test_a_reader_that_goes_away_ends_the_run_without_a_word(image: Callable[..., str]) -> None:
-    process = start("run", image(PRINT_FOR_EVER), *FLAT)
+def test_a_reader_that_goes_away_ends_the_run_without_a_word(image: Callable[..., str], tmp_path: Path) -> None:
+    process = start("run", image(PRINT_FOR_EVER), *FLAT, "--json", str(tmp_path / "out.json"))
     assert process.stdout is not None
     process.stdout.read(2)
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait(DEADLINE) == 130
+    assert json.loads((tmp_path / "out.json").read_text())["reason"] == "interrupted"
 
 
 def test_a_full_disk_is_told_in_one_line(kvmpy: Kvmpy, image: Callable[..., str]) -> None:
@@ -172,13 +175,19 @@ def test_a_full_disk_is_told_in_one_line(kvmpy: Kvmpy, image: Callable[..., str]
 
 
 def test_a_reader_that_sleeps_stops_neither_limit_nor_signal(image: Callable[..., str]) -> None:
-    process = start("run", image(PRINT_FOR_EVER), *FLAT, "--timeout", "0.5")
+    """The pipe is full before the guest prints: its first byte waits."""
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, bytes(fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, PAGE_SIZE)))
+    guest = image(PRINT_FOR_EVER)
+    process = start("run", guest, *FLAT, "--timeout", "0.3", stdout=write_fd)
     assert process.wait(DEADLINE) == 200
-    process = start("run", image(PRINT_FOR_EVER), *FLAT)
-    assert process.stdout is not None
-    assert process.stdout.read(1)
+    process = start("run", guest, *FLAT, "-v", stdout=write_fd)
+    assert process.stderr is not None
+    assert process.stderr.read(1) == b"k"  # what was loaded: from here on, signals are ours
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE) == 130
+    os.close(read_fd)
+    os.close(write_fd)
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])

@@ -54,7 +54,8 @@ def boards(draw):
         space, base, size = placed[draw(st.integers(0, len(placed) - 1))]
         if not any(s == space and b < base + size + 3 and base + size < b + z for s, b, z in placed):
             placed.append((space, base + size, 3))
-    return draw(st.permutations([row for row in placed if row[0] == Space.MMIO or row[1] + row[2] <= 1 << 16]))
+    room = {Space.PIO: 1 << 16, Space.MMIO: 1 << 52}
+    return draw(st.permutations([row for row in placed if row[1] + row[2] <= room[row[0]]]))
 
 
 @settings(max_examples=300, deadline=None)

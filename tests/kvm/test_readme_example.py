@@ -44,7 +44,7 @@ def test_first_program_in_readme_is_level_1_of_the_design() -> None:
 
 @pytest.mark.kvm
 def test_the_guest_halts_where_no_board_is() -> None:
-    """design.md's own form of the example: without an exit port the run ends at Hlt."""
+    """The example without its case for the exit port: the run ends at Hlt."""
     done = run(
         """
 from kvmpy import Kvm, GuestMemory, IoIn, IoOut, Hlt, real_mode, MiB

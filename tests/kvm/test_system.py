@@ -44,7 +44,7 @@ def test_supported_cpuid_begins_with_the_vendor(kvm):
 
 @pytest.mark.kvm
 def test_kvm_error_says_which_ioctl_why_and_on_what(vm):
-    """design.md: ``KVM_CREATE_VCPU: EEXIST (vcpu_id=0)``."""
+    """As in ``KVM_CREATE_VCPU: EEXIST (vcpu_id=0)``."""
     vm.create_vcpu(0)
     with pytest.raises(KvmError) as caught:
         vm.create_vcpu(0)

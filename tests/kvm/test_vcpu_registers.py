@@ -149,7 +149,7 @@ def test_impossible_sregs_are_refused(start: Start) -> None:
     vcpu = start("hlt")
     sregs = vcpu.get_sregs()
     sregs.cr0 = lib.X86_CR0_PG
-    with pytest.raises(KvmError, match="^KVM_SET_SREGS: EINVAL"):
+    with pytest.raises(KvmError, match=r"^KVM_SET_SREGS: EINVAL"):
         vcpu.set_sregs(sregs)
 
 

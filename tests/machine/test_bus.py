@@ -76,7 +76,7 @@ def test_range_outside_the_bus_is_refused(bus: Bus, base: int, size: int) -> Non
 
 @pytest.mark.parametrize(("base", "size"), [(16, 8), (15, 2), (23, 1), (20, 1), (0, 64)])
 def test_overlap_is_refused_and_names_both(bus: Bus, base: int, size: int) -> None:
-    """design.md: overlapping device ranges are refused when attached."""
+    """Overlapping device ranges are refused when attached."""
     bus.attach(16, 8, Bytes(8), name="old")
     with pytest.raises(ValueError, match=rf"^new: 0x{base:x}\+{size} overlaps old at 0x10\+8$"):
         bus.attach(base, size, Bytes(8), name="new")

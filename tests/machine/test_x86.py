@@ -140,4 +140,5 @@ def test_triple_fault_in_real_mode_after_protected_mode_is_none(vm: Vm, memory: 
     memory.write(0, bytes.fromhex("00110000"))
     code = "movw $0x2000, %sp\n xorw %dx, %dx\n divw %dx\n .org 0x100\n movb $7, %al\n outb %al, $1\n hlt"
     set_up(vcpu, memory, assemble(code), "real")
+    assert (vcpu.get_sregs().idt.base, vcpu.get_sregs().idt.limit) == (0, 0x3FF)
     assert vcpu.next_exit() == IoOut(1, 1, b"\x07")

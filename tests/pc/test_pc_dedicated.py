@@ -1,9 +1,11 @@
 """Type-1 style: host CPUs of its own for each vCPU, memory locked, exits left to the guest; or refused."""
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -64,8 +66,9 @@ def test_dedicated_pc_runs_on_cpus_that_nobody_of_ours_shares(make_pc: Callable[
         assert own == {cpus[1]}
         assert os.sched_getaffinity(0) == {cpus[0]}
         assert os.fstat(pc.memory.fd).st_blocks * 512 == 4 * MiB
-        locked = next(line for line in open("/proc/self/status") if line.startswith("VmLck"))
-        assert int(locked.split()[1]) >= 4 * 1024
+        locked = re.search(r"^VmLck:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert locked is not None
+        assert int(locked[1]) >= 4 * 1024
         assert pc.run(timeout=20.0).status == 0
         pc.close()
         assert os.sched_getaffinity(0) == set(cpus)

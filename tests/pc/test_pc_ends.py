@@ -172,7 +172,7 @@ def test_refusal_by_the_host_is_a_result(make_pc: Callable[..., Pc]) -> None:
 
 
 def test_statuses_of_kvmpy_are_returned_by_no_exit_port() -> None:
-    """design.md: even and above 127."""
+    """They are even and above 127."""
     values = {v & 0x7F for v in range(256)} | {(v << 1 | 1) & 0xFF for v in range(256)}
     assert not values & {int(status) for status in ExitStatus}
 

@@ -114,7 +114,7 @@ def test_devices_in_python_give_the_same_output_and_counts(
 def test_one_device_in_python_changes_nothing(
     run_guest: Callable[..., RunResult], in_c: dict[str, object], device: str
 ) -> None:
-    """design.md rule 4: a student turns a device from fast to readable with one option."""
+    """A student turns a device from fast to readable with one option."""
     assert outcome(run_guest(EVERYTHING, device_modes={device: Mode.PYTHON})) == in_c
 
 

@@ -1,6 +1,6 @@
 """A second thread at any moment, Ctrl-C, an exception in a device: the PC takes it, and no other PC notices.
 
-hostile-cases.md 71.
+Each kind of guest meets each of them: those that spin, exit, print, halt, crash, reset and wake others.
 """
 
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 from guest_code import assemble
@@ -83,13 +83,11 @@ def test_other_threads_may_do_anything_at_any_moment(make_pc: MakePc, guest: str
         others = [threading.Thread(target=work), threading.Thread(target=finish)]
         for other in others:
             other.start()
-        try:
-            result = pc.run(timeout=LONG)
-        except ValueError as error:  # it was closed before it began
-            assert last == "close"
-            assert "closed" in str(error)
-        else:
-            assert result.reason in (EndReason.INTERRUPTED, ENDS.get(guest))
+        ended: set[object] = set()
+        # It may be closed before it begins.
+        with suppress(ValueError) if last == "close" else nullcontext():
+            ended.add(pc.run(timeout=LONG).reason)
+        assert ended <= {EndReason.INTERRUPTED, ENDS.get(guest)}
         for other in others:
             other.join(LONG)
             assert not other.is_alive()
