@@ -4,16 +4,18 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
+
+from kvmpy.machine.probe.host import describe_host
 
 
 def environment() -> dict[str, str | int]:
     """Return the machine, as the table and the JSON file name it."""
+    host = describe_host()
     return {
-        "cpu": _cpu(),
+        "cpu": host.cpu,
         "cpus": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "kvm": _kvm_modules(),
+        "kernel": host.kernel,
+        "kvm": " ".join(host.modules) or "built in",
         "python": platform.python_version(),
         "qemu": _qemu(),
         "load_at_start": load(),
@@ -23,18 +25,6 @@ def environment() -> dict[str, str | int]:
 def load() -> str:
     """Return the load averages of 1, 5 and 15 minutes."""
     return " ".join(f"{value:.2f}" for value in os.getloadavg())
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _kvm_modules() -> str:
-    """Return the vendor modules that are loaded or built in: kvm_intel, kvm_amd."""
-    return " ".join(sorted(path.name for path in Path("/sys/module").glob("kvm_*"))) or "unknown"
 
 
 def _qemu() -> str:

@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _dispatch(sys.argv[1:] if argv is None else argv)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
     except BrokenPipeError:
         # Whoever read our output has gone. Python flushes again at its end: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

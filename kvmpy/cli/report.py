@@ -71,27 +71,11 @@ def as_dict(pc: Pc, result: RunResult) -> dict[str, Any]:
 
 def host_line() -> str:
     """Return what this host is, in one line: processor, kernel, and the modules that make its KVM."""
-    system = os.uname()
-    modules = ", ".join(_vendor_modules()) or "KVM built in"
-    return f"{_processor()}, {len(os.sched_getaffinity(0))} CPUs, {system.sysname} {system.release}, {modules}"
+    from kvmpy.machine.probe.host import describe_host
 
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return "unknown processor"
-
-
-def _vendor_modules() -> list[str]:
-    try:
-        return sorted(os.listdir("/sys/module/kvm/holders"))
-    except OSError:
-        return []
+    host = describe_host()
+    modules = ", ".join(host.modules) or "KVM built in"
+    return f"{host.cpu}, {len(os.sched_getaffinity(0))} CPUs, Linux {host.kernel}, {modules}"
 
 
 def loaded_text(pc: Pc) -> str:

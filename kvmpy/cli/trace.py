@@ -103,4 +103,6 @@ def record_line(record: ExitRecord) -> str:
         return text
     direction, where = "write" if record.is_write else "read", "port" if reason == "IO" else "gpa"
     count = f" count={record.elements}" if record.elements > 1 else ""
-    return f"{text} {direction} {where}=0x{record.address:x} size={record.size}{count} data=0x{record.data:x}"
+    # Of a read that Python answered the ring does not know the reply.
+    data = f" data=0x{record.data:x}" if record.is_write else ""
+    return f"{text} {direction} {where}=0x{record.address:x} size={record.size}{count}{data}"

@@ -204,7 +204,7 @@ class Pc:
                 halt.look()
 
     def stop(self, reason: EndReason = EndReason.INTERRUPTED) -> None:
-        """End the run from outside; from any thread or signal handler."""
+        """End the run from outside; from any thread, but not from a signal handler: it takes locks."""
         self.machine.finish(End(reason))
 
     def pause(self) -> None:
