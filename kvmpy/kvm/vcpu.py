@@ -23,7 +23,7 @@ from kvmpy.errors import KvmError
 from kvmpy.kvm import exits
 from kvmpy.kvm.cpuid_entry import CpuidEntry
 from kvmpy.kvm.decode import ExitRecord, decode, reason_name
-from kvmpy.kvm.exits import Exit
+from kvmpy.kvm.exits import Exit, IoIn, IoOut, MmioRead, MmioWrite
 from kvmpy.kvm.ioctl import ioctl, ioctl_value, refuse
 from kvmpy.kvm.ranges import RangeTable
 from kvmpy.kvm.state import STATES, Regs, Sregs, Translation
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from kvmpy.kvm.vm import Vm
 
 NO_BUDGET = (1 << 64) - 1
-_EXIT_FIELDS = Struct("=QQQQIIBB")  # struct kvmpy_exit up to is_write
+_unpack_exit = Struct("=16xQQIIBB").unpack_from  # struct kvmpy_exit from address to is_write
+_kvmpy_run = lib.kvmpy_run
 _IO, _MMIO = lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO
 
 
@@ -58,8 +59,7 @@ class Vcpu:
         self._sync = bool(vm.kvm.check_extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
         if self._sync:
             self._page[1].kvm_valid_regs = lib.KVM_SYNC_X86_REGS
-        # The general registers in the run page are the vCPU's own, as of the last exit or set_regs.
-        self._regs_in_page = False
+        self._completed = False
         self.use_ranges(RangeTable())
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -82,23 +82,22 @@ class Vcpu:
             ValueError: the vCPU is closed.
         """
         while True:
-            stop = lib.kvmpy_run(self._loop)
+            stop = _kvmpy_run(self._loop)
             if stop == 0:  # KVMPY_STOP_EXIT
-                self._regs_in_page = self._sync
-                _, _, address, data, reason, count, size, is_write = _EXIT_FIELDS.unpack_from(self._exit)
+                address, data, reason, count, size, is_write = _unpack_exit(self._exit)
                 if reason == _IO:
                     if count == 1 and is_write:
-                        return exits.IoOut(address, size, data.to_bytes(size, "little"))
+                        return IoOut(address, size, data.to_bytes(size, "little"))
                     page, run = self._open_page()
                     start = run.io.data_offset
                     buffer = page[start : start + size * count]
                     if is_write:
-                        return exits.IoOut(address, size, bytes(buffer), count)
-                    return exits.IoIn(address, size, count, buffer)
+                        return IoOut(address, size, bytes(buffer), count)
+                    return IoIn(address, size, count, buffer)
                 if reason == _MMIO:
                     if is_write:
-                        return exits.MmioWrite(address, data.to_bytes(size, "little"))
-                    return exits.MmioRead(address, size, self._page[0][_MMIO_DATA : _MMIO_DATA + size])
+                        return MmioWrite(address, data.to_bytes(size, "little"))
+                    return MmioRead(address, size, self._page[0][_MMIO_DATA : _MMIO_DATA + size])
                 page, run = self._open_page()
                 return decode(run, reason)
             if stop != lib.KVMPY_STOP_SIGNAL:
@@ -174,7 +173,7 @@ class Vcpu:
         result = int(lib.kvmpy_complete(self._loop))
         if result < 0:
             refuse(-result, "KVM_RUN", f"vcpu_id={self.vcpu_id}, immediate_exit")
-        self._regs_in_page = self._sync
+        self._completed = True
         return result > 0
 
     def kick(self) -> None:
@@ -219,11 +218,15 @@ class Vcpu:
 
     # --- registers ----------------------------------------------------------------------------------------------
 
+    def _regs_in_page(self) -> bool:
+        """Tell whether the general registers in the run page are the vCPU's own: KVM_RUN has come back once."""
+        return self._sync and (self._completed or self.exits_total > 0)
+
     def get_regs(self) -> Regs:
         """Return a copy of the general registers: no ioctl after an exit, where the host has sync regs."""
         regs = ffi.new("struct kvm_regs *")
         page, run = self._page
-        if self._regs_in_page and page:
+        if self._regs_in_page() and page:
             regs[0] = lib.kvmpy_sync_regs(run)[0]
         else:
             ioctl(self.fd, "KVM_GET_REGS", regs)
@@ -232,7 +235,7 @@ class Vcpu:
     def set_regs(self, regs: Regs) -> None:
         """Set the general registers to what `get_regs` gave, changed."""
         page, run = self._page
-        if self._regs_in_page and page:
+        if self._regs_in_page() and page:
             lib.kvmpy_sync_regs(run)[0] = regs[0]  # type: ignore[index]
             run.kvm_dirty_regs |= lib.KVM_SYNC_X86_REGS
         else:

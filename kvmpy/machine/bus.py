@@ -37,7 +37,8 @@ class AddressRange:
     """[base, base+size) on a bus belongs to ``device``; ``reads`` and ``writes`` count what Python served."""
 
     def __init__(self, base: int, size: int, device: Device, name: str, mode: Mode) -> None:
-        self.base, self.size, self.device, self.name, self.mode = base, size, device, name, mode
+        self.base, self.size, self.end = base, size, base + size
+        self.device, self.name, self.mode = device, name, mode
         self.reads = self.writes = 0
 
 
@@ -73,7 +74,7 @@ class Bus:
         if at < 0:
             return None
         found = self.ranges[at]
-        return found if address + size <= found.base + found.size else None
+        return found if address + size <= found.end else None
 
     def read(self, address: int, size: int) -> bytes:
         """Read ``size`` bytes. An access that leaves its range is split into bytes, each to its owner."""

@@ -265,7 +265,11 @@ class Machine:
         """Serve one exit; False when this vCPU shall not go on."""
         match exit:
             case IoOut():
-                self._port_write(exit)
+                with self._device_lock:
+                    if exit.count == 1:
+                        self.pio.write(exit.port, exit.data)
+                    else:
+                        self._string_write(exit)
             case IoIn():
                 self._port_read(exit)
             case MmioWrite(phys_addr=gpa, data=data):
@@ -282,13 +286,10 @@ class Machine:
             self.tracer(vcpu, exit)
         return self.end is None
 
-    def _port_write(self, exit: IoOut) -> None:
-        with self._device_lock:
-            if exit.count == 1:
-                self.pio.write(exit.port, exit.data)
-                return
-            for at in range(0, len(exit.data), exit.size):  # string I/O: each element reaches the device
-                self.pio.write(exit.port, exit.data[at : at + exit.size])
+    def _string_write(self, exit: IoOut) -> None:
+        """Let each element of a string instruction reach the device."""
+        for at in range(0, len(exit.data), exit.size):
+            self.pio.write(exit.port, exit.data[at : at + exit.size])
 
     def _port_read(self, exit: IoIn) -> None:
         with self._device_lock:

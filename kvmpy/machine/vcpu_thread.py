@@ -59,8 +59,9 @@ class VcpuThread:
         self._vm = vm
         self._prepare, self._handle, self._on_error = prepare, handle, on_error
         self._host_cpu = host_cpu
-        # Guards the three fields below; the thread looks at them whenever it is out of the guest.
+        # Guards the fields below. The thread looks at `_wanted` after each exit, and at the rest when that is set.
         self._changed = threading.Condition()
+        self._wanted = True
         self._requests: deque[_Request[object]] = deque()
         self._paused = True
         self._stopping = False
@@ -80,6 +81,7 @@ class VcpuThread:
             if self._stopping:
                 raise RuntimeError("the vCPU thread has ended")
             self._requests.append(request)  # type: ignore[arg-type]
+            self._wanted = True
             self._changed.notify_all()
         self._kick()
         request.done.wait()
@@ -90,7 +92,7 @@ class VcpuThread:
     def pause(self) -> None:
         """Take the vCPU out of the guest; it is out, and its last exit complete, on return."""
         with self._changed:
-            self._paused = True
+            self._paused = self._wanted = True
         self.call(lambda vcpu: None)
 
     def resume(self) -> None:
@@ -102,7 +104,7 @@ class VcpuThread:
     def stop(self) -> None:
         """Ask the thread to end; does not wait."""
         with self._changed:
-            self._stopping = True
+            self._stopping = self._wanted = True
             self._changed.notify_all()
         self._kick()
 
@@ -136,10 +138,11 @@ class VcpuThread:
 
     def _run(self, vcpu: Vcpu) -> None:
         """Alternate between the guest and those who wait, until stopped."""
+        next_exit, handle = vcpu.next_exit, self._handle
         while self._serve(vcpu):
             going = True
-            while going and not (self._requests or self._paused or self._stopping):
-                going = self._handle(vcpu, vcpu.next_exit())
+            while going and not self._wanted:
+                going = handle(vcpu, next_exit())
             while vcpu.complete():
                 # The instruction goes on: a wide or repeated access. Kicked, it is let no further than to its end.
                 vcpu.kick()
@@ -156,6 +159,7 @@ class VcpuThread:
                     self._changed.wait()
                 request = self._requests.popleft() if self._requests else None
                 if request is None:
+                    self._wanted = False
                     return not self._stopping
             request.serve(vcpu)
 
