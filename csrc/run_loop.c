@@ -8,6 +8,7 @@
 #include "kvmpy.h"
 
 #include <limits.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -243,14 +244,26 @@ static int run(struct kvmpy_loop *loop)
     }
 }
 
+static __thread int32_t this_tid; /* the system call is a tenth of a microsecond, at each exit to Python */
+
+static void forget_tid(void)
+{
+    this_tid = 0;
+}
+
+/* In a child process the same thread has another number. */
+__attribute__((constructor)) static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, forget_tid);
+}
+
 /* Say that this thread uses the run page, unless the vCPU is closed: whoever closes it sets vcpu_fd to -1, then waits
  * until tid is 0, and only then unmaps the page. */
 static bool hold(struct kvmpy_loop *loop)
 {
-    static __thread int32_t tid; /* the system call is a tenth of a microsecond, at each exit to Python */
-    if (!tid)
-        tid = (int32_t)syscall(SYS_gettid);
-    __atomic_store_n(&loop->tid, tid, __ATOMIC_SEQ_CST);
+    if (!this_tid)
+        this_tid = (int32_t)syscall(SYS_gettid);
+    __atomic_store_n(&loop->tid, this_tid, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&loop->vcpu_fd, __ATOMIC_SEQ_CST) >= 0;
 }
 

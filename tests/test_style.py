@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+import kvmpy
 from kvmpy._shim import lib
 from kvmpy.devices import reset
 from kvmpy.machine import layout
@@ -99,6 +100,15 @@ def test_nothing_names_a_machine_or_a_package_registry(text: str) -> None:
         if text in line.lower()
     ]
     assert found == []
+
+
+def test_every_name_that_a_user_imports_is_there() -> None:
+    """``from kvmpy import ...``: names are loaded when they are first used, and each is."""
+    for name in kvmpy.__all__:
+        assert getattr(kvmpy, name) is not None
+    assert sorted(set(kvmpy.__all__)) == sorted(kvmpy.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Qemu'"):
+        _ = kvmpy.Qemu
 
 
 # --- the shim and the ABI ---------------------------------------------------------------------------------------

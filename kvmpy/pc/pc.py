@@ -236,7 +236,10 @@ class Pc:
     # --- lifetime -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop and free everything, from any thread; a `run` under way in another returns first. Idempotent."""
+        """Stop and free everything, from any thread; a `run` under way in another returns first. Idempotent.
+
+        Not from a sink, device or tracer of its own, which are inside that run: they call `stop`.
+        """
         self.stop()
         with self._running, self._close_lock:
             self._release()

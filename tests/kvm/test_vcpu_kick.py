@@ -1,5 +1,6 @@
 """Taking a vCPU out of the guest: kicks are never lost, signals reach Python, time limits hold."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -7,8 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 import pytest
+from guest_code import assemble, set_up
 
-from kvmpy import GuestMemory
+from kvmpy import GuestMemory, Kvm, MiB
 from kvmpy._shim import lib
 from kvmpy.kvm import DeadlinePassed, Exit, Hlt, Intr, IoIn, IoOut, Vcpu, Vm
 
@@ -257,6 +259,30 @@ def test_budget_of_time_holds_in_whichever_thread_runs(start: Start) -> None:
             pass
     run()
     assert seen == [DeadlinePassed()] * 4
+
+
+def test_a_child_process_can_kick_and_time_vcpus_of_its_own(start: Start) -> None:
+    """A thread has another number after fork: signals go to that one. The parent ran a vCPU in it before."""
+    start("outb %al, $1").next_exit()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with Kvm() as kvm, kvm.create_vm() as vm, GuestMemory(1 * MiB) as memory:
+                memory.map_into(vm)
+                vcpu = vm.create_vcpu(0)
+                set_up(vcpu, memory, assemble(SPIN), "real")
+                vcpu.set_budget(timeout=0.02)
+                assert vcpu.next_exit() == DeadlinePassed()
+                vcpu.set_budget(timeout=LONG)
+                for _ in range(20):
+                    with thread(vcpu.kick):
+                        assert vcpu.next_exit() == Intr()
+                vm.close()
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_an_ap_that_is_started_just_runs(vm: Vm, memory: GuestMemory, start: Start) -> None:

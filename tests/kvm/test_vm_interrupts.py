@@ -106,6 +106,39 @@ def test_irq_line_reaches_the_pin_that_the_table_says(vm: Vm, start: Callable[..
     assert vcpu.next_exit() == IoOut(0xE9, 1, b"\0")
 
 
+def test_irqfd_with_resampling_is_level_triggered(
+    vm: Vm, start: Callable[..., Vcpu], memory: GuestMemory, eventfd: int
+) -> None:
+    """KVM API §4.75: the pin stays up until the guest's EOI, which lowers it and writes the resamplefd."""
+    vm.create_irqchip()
+    resamplefd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    handler = "outb %al, $0xe9\n movb $0x20, %al\n outb %al, $0x20\n outb %al, $2\n iret"
+    edges = "movw $0x4d0, %dx\n movb $0x20, %al\n outb %al, %dx\n"  # ELCR: IRQ 5 by level
+    initialise = "".join(
+        f"movb ${value}, %al\n outb %al, ${port}\n"
+        for port, value in ((0x20, 0x11), (0x21, 0x40), (0x21, 4), (0x21, 1), (0x21, 0))
+    )
+    vcpu = start(f"{edges} {initialise} outb %al, $1\n 1: sti\n hlt\n jmp 1b\n .org 0x100\n {handler}")
+    lapic = vcpu.get_state("LAPIC")
+    lapic.regs[0x351], lapic.regs[0x352] = b"\x07", b"\0"  # LINT0: ExtINT, not masked
+    vcpu.set_state("LAPIC", lapic)
+    memory.write(0x45 * 4, bytes.fromhex("00110000"))
+    vcpu.set_budget(timeout=LONG)
+    assert vcpu.next_exit() == IoOut(1, 1, b"\0")
+    vm.irqfd(eventfd, 5, resamplefd=resamplefd)
+    for _ in range(3):
+        os.eventfd_write(eventfd, 1)
+        exit = vcpu.next_exit()
+        assert isinstance(exit, IoOut)
+        assert exit.port == 0xE9
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(resamplefd)
+        assert vcpu.next_exit() == IoOut(2, 1, b"\x20")
+        assert os.eventfd_read(resamplefd) == 1
+    vm.remove_irqfd(eventfd, 5)
+    os.close(resamplefd)
+
+
 def outs(vcpu: Vcpu) -> list[Exit]:
     """Return the exits up to the HLT."""
     seen: list[Exit] = []
