@@ -1,9 +1,10 @@
 """From the start of the process to the guest's first byte, and to the end of the process, beside QEMU's microvm.
 
-Both boot the same multiboot image with the same cores and memory, taking turns. QEMU gets what makes it fastest here
-and takes nothing from it that kvmpy has: its small firmware (microvm's default is qboot), no default devices, and
-memory from a memfd as kvmpy's. Anonymous memory, QEMU's default, would cost it 2 MiB of clearing for each word that
-the guest touches.
+Both boot the same multiboot image with the same cores and memory, taking turns. QEMU is as fast as it can be with what
+kvmpy has, too: interrupt controllers, PIT, RTC, ACPI tables and a serial port; its small firmware (qboot, microvm's
+default), no default devices, and memory from a memfd. (From anonymous memory, its default, it would clear 2 MiB for
+each word that the guest touches.) With two cores QEMU has the easier guest: microvm has neither MP table nor parameter
+page, so that the second core is not started.
 """
 
 import shutil

@@ -163,6 +163,7 @@ static uint8_t *describe(struct kvmpy_loop *loop)
     } else {
         return NULL;
     }
+    exit->buffer = data - (uint8_t *)run;
     if (exit->is_write)
         memcpy(&exit->data, data, exit->size);
     return data;
@@ -186,7 +187,8 @@ int kvmpy_handle_exit(struct kvmpy_loop *loop)
         }
     }
     loop->ring[(loop->exits_total - 1) % KVMPY_RING] = loop->exit;
-    return stop;
+    bool one_out = reason == KVM_EXIT_IO && loop->exit.is_write && loop->exit.count == 1;
+    return stop == KVMPY_STOP_EXIT && one_out ? KVMPY_STOP_OUT : stop;
 }
 
 /* KVM_RUN failed with `error`: -1 to enter again, else a kvmpy_stop. */

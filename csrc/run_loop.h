@@ -46,6 +46,7 @@ enum kvmpy_stop {
     KVMPY_STOP_DEADLINE,  /* `deadline_ns` passed */
     KVMPY_STOP_EXIT_PORT, /* a range with KVMPY_EXIT was written */
     KVMPY_STOP_ERROR,     /* KVM_RUN failed: `error` is the errno */
+    KVMPY_STOP_OUT,       /* as KVMPY_STOP_EXIT, and it is the commonest: one element written to a port */
 };
 
 #define KVMPY_LOOP_TO_PYTHON 1u /* flag: every exit goes to the caller (--trace) */
@@ -60,9 +61,11 @@ struct kvmpy_exit {
     uint64_t rip;     /* from sync regs; 0 where the host has none */
     uint64_t address; /* port or guest physical address */
     uint64_t data;    /* little-endian; of a read answered in C: the reply */
+    uint64_t size;    /* of one element, in bytes; wide because Python reads the struct by words */
+    uint64_t buffer;  /* where the data are: bytes from the start of the run page */
     uint32_t reason;  /* KVM_EXIT_* */
     uint32_t count;
-    uint8_t size, is_write;
+    uint8_t is_write;
 };
 
 struct kvmpy_loop {

@@ -277,6 +277,7 @@ class _Library:
     KVMPY_STOP_DEADLINE: int
     KVMPY_STOP_EXIT_PORT: int
     KVMPY_STOP_ERROR: int
+    KVMPY_STOP_OUT: int
     KVMPY_LOOP_TO_PYTHON: int
     KVMPY_LOOP_TIMES: int
     KVMPY_NR_REASONS: int

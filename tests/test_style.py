@@ -76,7 +76,7 @@ def test_no_class_is_a_base_or_a_helper() -> None:
 def test_no_promise_is_left_open() -> None:
     """Nothing says that it will be done later."""
     later = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error")) + r")\b")
-    assert [name_of(path) for path in files(*FOLDERS) if later.search(path.read_text())] == []
+    assert [name_of(path) for path in files(*FOLDERS) if later.search(path.read_text(errors="replace"))] == []
 
 
 # What belongs to one machine or one network; written apart, that this file is none of those that it looks for.
@@ -96,7 +96,7 @@ def test_nothing_names_a_machine_or_a_package_registry(text: str) -> None:
     found = [
         f"{name_of(path)}:{number}"
         for path in everything()
-        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
         if text in line.lower()
     ]
     assert found == []

@@ -1,4 +1,4 @@
-"""From the run page to a typed exit: those that are rare. PIO and MMIO are decoded where they are hot, in `Vcpu`.
+"""From the run page to a typed exit: all but the hottest, one element written to a port, which is made in `Vcpu`.
 
 Source: KVM API §5.
 """
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from kvmpy._shim import lib
 from kvmpy.kvm import exits
-from kvmpy.kvm.exits import Exit, ExitReason
+from kvmpy.kvm.exits import Exit, ExitReason, IoIn, IoOut, MmioRead, MmioWrite
 
 _U64 = Struct("=Q")
+_ACCESS = Struct("=16xQQQQIIB").unpack_from  # struct kvmpy_exit from address to is_write
+_IO, _MMIO = lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO
 
 
 class ExitRecord(NamedTuple):
@@ -72,7 +74,17 @@ _DECODERS: dict[int, Callable[[Any], Exit]] = {
 }
 
 
-def decode(run: Any, reason: int) -> Exit:
-    """Return the exit that ``run``, a ``struct kvm_run *``, describes."""
+def decode(exit: memoryview, page: memoryview, run: Any) -> Exit:
+    """Return the exit that a ``struct kvmpy_exit`` and the run page tell; ``run`` is the page as a struct."""
+    address, data, size, start, reason, count, is_write = _ACCESS(exit)
+    if reason == _IO:
+        buffer = page[start : start + size * count]
+        if is_write:
+            return IoOut(address, size, bytes(buffer), count)
+        return IoIn(address, size, count, buffer)
+    if reason == _MMIO:
+        if is_write:
+            return MmioWrite(address, data.to_bytes(size, "little"))
+        return MmioRead(address, size, page[start : start + size])
     build = _DECODERS.get(reason)
     return build(run) if build else exits.Unknown(reason)

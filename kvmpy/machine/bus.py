@@ -50,6 +50,7 @@ class Bus:
         self.ranges: list[AddressRange] = []
         self.unmapped_reads = self.unmapped_writes = 0
         self._bases: list[int] = []
+        self._found = AddressRange(0, 0, self, "", Mode.C)  # the last that was: accesses come in runs
 
     def attach(self, base: int, size: int, device: Device, *, name: str, mode: Mode = Mode.C) -> AddressRange:
         """Give [base, base+size) to ``device``.
@@ -70,11 +71,15 @@ class Bus:
 
     def find(self, address: int, size: int) -> AddressRange | None:
         """Return the range that holds all of [address, address+size), or None."""
+        end = address + size
+        found = self._found
+        if found.base <= address and end <= found.end:
+            return found
         at = bisect_right(self._bases, address) - 1
-        if at < 0:
+        if at < 0 or end > self.ranges[at].end:
             return None
-        found = self.ranges[at]
-        return found if address + size <= found.end else None
+        self._found = found = self.ranges[at]
+        return found
 
     def read(self, address: int, size: int) -> bytes:
         """Read ``size`` bytes. An access that leaves its range is split into bytes, each to its owner."""

@@ -117,7 +117,6 @@ class Machine:
         self._on_end = on_end
         self._host_cpus = host_cpus
         self._end_lock = threading.RLock()  # re-entrant: a signal handler may end what its thread is just ending
-        # One vCPU at a time is in a Python device: a device needs no lock against the others.
         self._device_lock = threading.Lock()
         self.vm = kvm.create_vm()
         try:
@@ -163,7 +162,7 @@ class Machine:
                 self.vm,
                 vcpu_id,
                 prepare=self._prepare,
-                handle=self._handle,
+                handle=self._handle if self.cores == 1 else self._handle_in_turn,
                 on_error=self._on_error,
                 host_cpu=self._host_cpus[vcpu_id] if self._host_cpus else None,
             )
@@ -263,40 +262,36 @@ class Machine:
 
     def _handle(self, vcpu: Vcpu, exit: Exit) -> bool:
         """Serve one exit; False when this vCPU shall not go on."""
-        match exit:
-            case IoOut():
-                with self._device_lock:
-                    if exit.count == 1:
-                        self.pio.write(exit.port, exit.data)
-                    else:
-                        self._string_write(exit)
-            case IoIn():
-                self._port_read(exit)
-            case MmioWrite(phys_addr=gpa, data=data):
-                with self._device_lock:
-                    self.mmio.write(gpa, data)
-            case MmioRead(phys_addr=gpa, size=size):
-                with self._device_lock:
-                    exit.reply(self.mmio.read(gpa, size))
-            case Intr():
-                return self.end is None
-            case _:
-                self._finish_with(vcpu, exit)
+        if isinstance(exit, IoOut) and exit.count == 1:  # the commonest, before any pattern is tried
+            self.pio.write(exit.port, exit.data)
+        elif isinstance(exit, Intr):
+            return self.end is None
+        else:
+            self._serve(vcpu, exit)
         if self.tracer is not None:
             self.tracer(vcpu, exit)
         return self.end is None
 
-    def _string_write(self, exit: IoOut) -> None:
-        """Let each element of a string instruction reach the device."""
-        for at in range(0, len(exit.data), exit.size):
-            self.pio.write(exit.port, exit.data[at : at + exit.size])
-
-    def _port_read(self, exit: IoIn) -> None:
+    def _handle_in_turn(self, vcpu: Vcpu, exit: Exit) -> bool:
+        """As `_handle`, for several vCPUs: one at a time, so that a device needs no lock against the others."""
         with self._device_lock:
-            if exit.count == 1:
-                exit.reply(self.pio.read(exit.port, exit.size))
-            else:
-                exit.reply(b"".join(self.pio.read(exit.port, exit.size) for _ in range(exit.count)))
+            return self._handle(vcpu, exit)
+
+    def _serve(self, vcpu: Vcpu, exit: Exit) -> None:
+        match exit:
+            case IoIn(port=port, size=size, count=1):
+                exit.reply(self.pio.read(port, size))
+            case IoIn(port=port, size=size, count=count):
+                exit.reply(b"".join(self.pio.read(port, size) for _ in range(count)))
+            case IoOut(port=port, size=size, data=data):  # string I/O: each element reaches the device
+                for at in range(0, len(data), size):
+                    self.pio.write(port, data[at : at + size])
+            case MmioWrite(phys_addr=gpa, data=data):
+                self.mmio.write(gpa, data)
+            case MmioRead(phys_addr=gpa, size=size):
+                exit.reply(self.mmio.read(gpa, size))
+            case _:
+                self._finish_with(vcpu, exit)
 
     def _finish_with(self, vcpu: Vcpu, exit: Exit) -> None:
         reason, value = EndReason.UNHANDLED, 0

@@ -37,6 +37,8 @@ class MemoryRegion(NamedTuple):
     offset: int
     """Bytes from the start of the mapping (and of its memfd)."""
     hva: int
+    mapping: mmap.mmap
+    """Held, that it lives as long as a slot made of this region."""
 
 
 class GuestMemory:
@@ -87,7 +89,7 @@ class GuestMemory:
     def _regions(self, start: int) -> Iterator[MemoryRegion]:
         offset = start
         for gpa, size in layout.ram_ranges(self.size):
-            yield MemoryRegion(gpa, size, offset, self.hva + offset - start)
+            yield MemoryRegion(gpa, size, offset, self.hva + offset - start, self._mmap)
             offset += size
 
     def map_into(self, vm: SlotOwner, *, first_slot: int = 0) -> None:

@@ -17,6 +17,8 @@ class EventLoop:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = threading.RLock()  # re-entrant: `wake` is for signal handlers too
         self._poll = select.poll()
+        self._wakes = select.poll()
+        self._wakes.register(self._wake_fd, select.POLLIN)
         self._callbacks: dict[int, Callable[[], None]] = {}
         self.watch(self._wake_fd, self._awake)
 
@@ -43,6 +45,10 @@ class EventLoop:
             callback = self._callbacks.get(fd)
             if callback is not None:
                 callback()
+
+    def rest(self, milliseconds: int) -> None:
+        """Wait up to ``milliseconds`` for a `wake` alone, while other events gather."""
+        self._wakes.poll(milliseconds)
 
     def _awake(self) -> None:
         os.eventfd_read(self._wake_fd)

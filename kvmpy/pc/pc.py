@@ -31,6 +31,7 @@ from kvmpy.pc.result import RunResult
 from kvmpy.pc.spec import MachineSpec
 
 LONGEST_WAIT = 3600.0  # seconds
+GATHER_MS = 1
 
 
 class Pc:
@@ -202,6 +203,8 @@ class Pc:
                 self.machine.finish(End(EndReason.TIMEOUT))
             elif halt:
                 halt.look()
+            # A guest prints byte by byte, and each byte that wakes this thread takes time from the vCPU.
+            self.loop.rest(GATHER_MS)
 
     def stop(self, reason: EndReason = EndReason.INTERRUPTED) -> None:
         """End the run from outside; from any thread, but not from a signal handler: it takes locks."""

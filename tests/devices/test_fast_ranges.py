@@ -117,7 +117,7 @@ class FastBoard(Board):
     def access(self, space, address, elements, *, is_write):
         data = self._describe(space, address, elements, is_write)
         stop = lib.kvmpy_handle_exit(self._loop)
-        if stop == lib.KVMPY_STOP_EXIT:
+        if stop in (lib.KVMPY_STOP_EXIT, lib.KVMPY_STOP_OUT):
             exit = self._loop.exit
             assert (exit.address, exit.count, exit.size) == (address, len(elements), len(elements[0]))
             return super().access(space, exit.address, elements, is_write=bool(exit.is_write))

@@ -1,10 +1,14 @@
 """Memory slots: what is RAM, what may only be read, what was written, and what is gone."""
 
+import gc
+import os
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from kvmpy import GuestMemory, Kvm, MiB
+from kvmpy import GuestMemory, MiB, real_mode
 from kvmpy._shim import lib
 from kvmpy.errors import KvmError
 from kvmpy.kvm import Hlt, IoOut, MmioRead, MmioWrite, Vcpu, Vm
@@ -106,9 +110,23 @@ def test_access_across_the_end_of_ram_is_split(start: Start) -> None:
     assert vcpu.get_regs().rax == 0xBBAA_2211
 
 
-def test_vm_keeps_the_memory_of_its_slots(kvm: Kvm) -> None:
-    """Lifetimes: nobody else need hold what the guest runs in."""
-    with kvm.create_vm() as vm:
-        GuestMemory(1 * MiB).map_into(vm)
-        held = vm._slots[0]
-        assert held.size == 1 * MiB
+@pytest.mark.parametrize("by_region", [False, True])
+def test_vm_keeps_the_memory_of_its_slots(vm: Vm, by_region: bool) -> None:
+    """Lifetimes: nobody else need hold what the guest runs in. Else it would run in what is mapped there next."""
+    memory = GuestMemory(1 * MiB)
+    memory.write(0x1000, b"\xf4")
+    mapped = f"{memory.hva:x}-"
+    if by_region:
+        memory.map_into(vm)
+    else:
+        vm.set_user_memory_region(slot=0, guest_phys_addr=0, memory=memory)
+    closing = weakref.finalize(memory, os.close, memory.fd)
+    del memory
+    gc.collect()
+    assert mapped in Path("/proc/self/maps").read_text()
+    vcpu = vm.create_vcpu(0)
+    real_mode(vcpu, 0x1000)
+    assert vcpu.next_exit() == Hlt()
+    vm.close()
+    gc.collect()
+    assert not closing.alive
