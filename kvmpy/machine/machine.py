@@ -186,7 +186,6 @@ class Machine:
     def _prepare(self, vcpu: Vcpu) -> None:
         vcpu.set_cpuid2(cpuid_for(self._supported_cpuid, vcpu.vcpu_id, self.cores, tsc_deadline=self._tsc_deadline))
         vcpu.use_ranges(self._table)
-        vcpu.trace_exits(self.tracer is not None)
         # The PICs reach the first processor through LINT0: virtual-wire mode (MP specification 1.4 §3.6.2.2).
         lapic = vcpu.get_state("LAPIC")
         for register, value in ((LINT0, LVT_EXTINT), (LINT1, LVT_NMI)):

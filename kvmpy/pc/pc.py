@@ -38,7 +38,8 @@ class Pc:
     """A PC with ``spec.cores`` vCPUs, loaded and ready: nothing of the guest has run yet.
 
     ``serial`` and ``debugcon`` get what the guest prints, as it prints it; the last MiB of each is kept anyway.
-    ``tracer`` is called in the vCPU's thread after each exit was handled; it needs ``spec.trace_exits``.
+    ``tracer`` is called in the vCPU's thread after each exit that came to Python was handled: with
+    ``spec.trace_exits``, after each exit.
 
     Raises:
         KvmError, KvmUnavailable: the host refused.
@@ -87,7 +88,7 @@ class Pc:
             disable_exits=self.dedication.disable_exits if self.dedication else 0,
         )
         self._closers.append(self.machine.close)
-        self.machine.tracer = tracer if spec.trace_exits else None
+        self.machine.tracer = tracer
         self._attach_devices()
         self.entry = self._load()
         if self.dedication:
@@ -100,7 +101,7 @@ class Pc:
         self.serial = Uart16550(self.serial_capture.output, self._interrupt(lib.KVMPY_IRQ_SERIAL))
         self.power = power.AcpiPm1(self._on_power_off, self._interrupt(lib.KVMPY_IRQ_ACPI))
         on_reset, exit_port = self._on_reset, debug.ExitPort(self._on_exit)
-        keyboard = reset.KeyboardController(on_reset)  # LEAD: the split ports are final, do not change them back
+        keyboard = reset.KeyboardController(on_reset)
         self._attach(lib.KVMPY_PORT_SERIAL, SERIAL_SIZE, self.serial, "serial")
         self._attach(lib.KVMPY_PORT_CONSOLE, 1, debug.DebugConsole(self.debugcon_capture.output), "debugcon")
         self._attach(lib.KVMPY_PORT_EXIT, debug.EXIT_PORT_SIZE, exit_port, "exit")

@@ -158,7 +158,7 @@ def test_fast_ranges_are_used_only_in_mode_c(bench: Bench, mode: Mode) -> None:
 
 
 def test_tracer_sees_every_exit_after_it_was_handled(bench: Bench) -> None:
-    """Those that C would answer too; the reply of a read is in it by then."""
+    """With `trace_exits`, those that C would answer too; the reply of a read is in it by then."""
     machine = bench.make("", power=False)
     machine.pio.attach(0x10, 1, Counter(1), name="counter")
     seen: list[tuple[int, Exit, bytes]] = []
@@ -169,7 +169,12 @@ def test_tracer_sees_every_exit_after_it_was_handled(bench: Bench) -> None:
 
     machine.tracer = trace
     code = f"outb %al, $0x10\n inb $0x81, %al\n movb {NOWHERE}, %al\n movb %al, {NOWHERE + 1}\n movb $3, %al\n"
-    machine.power_on(lambda vcpu: set_up(vcpu, bench.memory, assemble(code + FINISH, "protected"), "protected"))
+
+    def start(vcpu: Vcpu) -> None:
+        vcpu.trace_exits(True)
+        set_up(vcpu, bench.memory, assemble(code + FINISH, "protected"), "protected")
+
+    machine.power_on(start)
     machine.run()
     assert bench.ended.wait(LONG)
     machine.pause_ended()
