@@ -66,8 +66,7 @@ class GuestMemory:
         try:
             self._mmap = self._map(size + slack)
         except BaseException:
-            if shared:
-                os.close(self.fd)
+            self._close_fd()
             raise
         if hugepages:
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
@@ -164,8 +163,17 @@ class GuestMemory:
         if not self._mmap.closed:
             self._view.release()
             self._mmap.close()
-            if self.fd >= 0:
-                os.close(self.fd)
+            self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        """Close the memfd of a memory that nobody closed: it alone would keep the RAM. The mapping goes by itself."""
+        if hasattr(self, "fd"):  # it has not where the size was refused
+            self._close_fd()
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """Guest memory: any size, a hole below 4 GiB, nothing populated before it is touched, no byte outside reached."""
 
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -304,3 +305,13 @@ def make_memory():
     yield make
     for memory in made:
         memory.close()
+
+
+def test_memory_that_nobody_closes_leaves_no_descriptor_behind() -> None:
+    """A memfd keeps its pages as long as it is open."""
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        GuestMemory(1 * MiB).write(0, b"x")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -40,7 +40,7 @@ def ended(make_pc: Callable[..., Pc]) -> Callable[..., Pc]:
 @pytest.mark.kvm
 def test_gdb_reads_registers_and_memory(ended: Callable[..., Pc], tmp_path: Path) -> None:
     if shutil.which("gdb") is None:
-        pytest.skip("there is no gdb")
+        pytest.skip("gdb is not installed")
     pc = ended()
     write_core(pc, str(tmp_path / "core"))
     shown = gdb(tmp_path / "core", "info registers", "x/4xb 0x100000", "x/1xw 0x3f0000")
@@ -54,7 +54,7 @@ def test_gdb_reads_registers_and_memory(ended: Callable[..., Pc], tmp_path: Path
 @pytest.mark.kvm
 def test_gdb_sees_a_thread_for_each_vcpu(ended: Callable[..., Pc], tmp_path: Path) -> None:
     if shutil.which("gdb") is None:
-        pytest.skip("there is no gdb")
+        pytest.skip("gdb is not installed")
     write_core(ended(cores=3), str(tmp_path / "core"))
     shown = gdb(tmp_path / "core", "info threads")
     assert [f"LWP {number}" in shown for number in (1, 2, 3, 4)] == [True, True, True, False]
