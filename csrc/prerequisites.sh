@@ -2,16 +2,22 @@
 # Name what this machine lacks before anything is set up: one line, with the command that installs it.
 python=${1:-python3}
 missing=
-command -v "$python" >/dev/null || missing="$missing python3"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "kvmpy needs Python 3.11 or later: apt install python3 (or: make PYTHON=/path/to/python3.11)" >&2
+need() { missing="$missing $1"; }
+
+if ! command -v "$python" >/dev/null; then
+    need python3
+    need python3-venv
+    need python3-dev
+elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "kvmpy needs Python 3.11 or later, $python is older; name another: make PYTHON=/path/to/python3" >&2
     exit 1
-}
-"$python" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
-"$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-    missing="$missing python3-dev"
-command -v gcc >/dev/null || missing="$missing gcc"
+else
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
+    include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    test -e "$include/Python.h" || need python3-dev
+fi
+command -v gcc >/dev/null || need gcc
 if [ -n "$missing" ]; then
-    echo "missing:$missing -- install with: apt install$missing" >&2
+    echo "missing:$missing -- install with: sudo apt install$missing" >&2
     exit 1
 fi
