@@ -72,7 +72,7 @@ struct kvmpy_loop {
     struct kvm_run *run;
     struct kvmpy_range *ranges;
     struct kvmpy_range_count *counts; /* one for each range, this vCPU's own */
-    uint64_t *stamps;                 /* TSC pairs (after the exit, before the entry), or NULL */
+    uint64_t *stamps;                 /* TSC pairs (KVM_RUN entered, KVM_RUN returned), or NULL */
     uint64_t stamps_capacity, stamps_length; /* in pairs */
     uint64_t max_exits;               /* of exits_total; UINT64_MAX: none */
     uint64_t deadline_ns;             /* CLOCK_MONOTONIC; 0: none */

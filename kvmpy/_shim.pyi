@@ -17,11 +17,7 @@ class _Library:
     def kvmpy_serial_push(self, serial: Any, data: Any, size: Any) -> Any: ...
     def kvmpy_serial_drain(self, serial: Any, out: Any, size: Any) -> Any: ...
     MAP_NORESERVE: int
-    MAP_POPULATE: int
     MADV_POPULATE_WRITE: int
-    MADV_REMOVE: int
-    EFD_NONBLOCK: int
-    EFD_CLOEXEC: int
     X86_CR0_PE: int
     X86_CR0_MP: int
     X86_CR0_EM: int
@@ -43,7 +39,6 @@ class _Library:
     X86_EFLAGS_RF: int
     UART_RX: int
     UART_TX: int
-    UART_DLL: int
     UART_DLM: int
     UART_IER: int
     UART_IER_RDI: int
@@ -61,7 +56,6 @@ class _Library:
     UART_FCR_ENABLE_FIFO: int
     UART_FCR_CLEAR_RCVR: int
     UART_FCR_CLEAR_XMIT: int
-    UART_FCR_TRIGGER_MASK: int
     UART_LCR: int
     UART_LCR_DLAB: int
     UART_MCR: int
@@ -80,10 +74,6 @@ class _Library:
     UART_MSR_RI: int
     UART_MSR_DSR: int
     UART_MSR_CTS: int
-    UART_MSR_DDCD: int
-    UART_MSR_TERI: int
-    UART_MSR_DDSR: int
-    UART_MSR_DCTS: int
     UART_SCR: int
     KVM_API_VERSION: int
     KVM_GET_API_VERSION: int
@@ -92,7 +82,6 @@ class _Library:
     KVM_GET_VCPU_MMAP_SIZE: int
     KVM_GET_SUPPORTED_CPUID: int
     KVM_GET_MSR_INDEX_LIST: int
-    KVM_GET_MSR_FEATURE_INDEX_LIST: int
     KVM_CREATE_VCPU: int
     KVM_SET_USER_MEMORY_REGION: int
     KVM_GET_DIRTY_LOG: int
@@ -113,10 +102,6 @@ class _Library:
     KVM_GET_CLOCK: int
     KVM_SET_CLOCK: int
     KVM_GET_STATS_FD: int
-    KVM_SET_BOOT_CPU_ID: int
-    KVM_REGISTER_COALESCED_MMIO: int
-    KVM_UNREGISTER_COALESCED_MMIO: int
-    KVM_X86_SET_MSR_FILTER: int
     KVM_RUN: int
     KVM_GET_REGS: int
     KVM_SET_REGS: int
@@ -260,8 +245,6 @@ class _Library:
     KVM_SYNC_X86_SREGS: int
     KVM_SYNC_X86_EVENTS: int
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX: int
-    KVM_STATS_TYPE_MASK: int
-    KVM_STATS_TYPE_CUMULATIVE: int
     KVMPY_PIO: int
     KVMPY_MMIO: int
     KVMPY_TO_PYTHON: int
