@@ -1,4 +1,5 @@
-/* kvmpy.h -- everything the shim offers to Python, in the order of the floors. Mechanism only; no global state. */
+/* kvmpy.h -- everything the shim offers to Python, in the order of the floors. Mechanism only;
+ * no state but the callers', and in each thread its own number. */
 #ifndef KVMPY_H
 #define KVMPY_H
 

@@ -6,7 +6,7 @@ Names are loaded when they are first used, so that a command pays only for what 
 
 from typing import TYPE_CHECKING
 
-from kvmpy.errors import GuestError, ImageError, KvmError, KvmpyError, KvmUnavailable
+from kvmpy.errors import GuestError, GuestMemoryError, ImageError, KvmError, KvmpyError, KvmUnavailable, UnhandledExit
 from kvmpy.units import GiB, KiB, MiB
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "GiB",
     "GuestError",
     "GuestMemory",
+    "GuestMemoryError",
     "Hlt",
     "ImageError",
     "IoIn",
@@ -44,6 +45,7 @@ __all__ = [
     "Pc",
     "RunResult",
     "Shutdown",
+    "UnhandledExit",
     "Vcpu",
     "Vm",
     "__version__",

@@ -62,14 +62,6 @@ class UnhandledExit(GuestError):
     """A VM exit that nobody on this board handles."""
 
 
-class GuestShutdown(GuestError):
-    """The guest shut down: a triple fault."""
-
-
-class EmulationFailure(GuestError):
-    """KVM could not emulate the guest's instruction (KVM_EXIT_INTERNAL_ERROR, suberror 1)."""
-
-
 # --- the file ---------------------------------------------------------------------------------------------------
 
 

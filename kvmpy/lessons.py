@@ -78,8 +78,9 @@ def find(name: str) -> Lesson:
     from difflib import get_close_matches
 
     names = [path.stem for path in sorted(_folder().glob("*.S"))]
-    near = get_close_matches(name, names, cutoff=0.5) or names
-    raise LookupError(f"no lesson {name!r}: did you mean {', '.join(near)}?" if near else "no lessons are installed")
+    near = get_close_matches(name, names, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(names)}, kvmpy lessons lists them"
+    raise LookupError(f"no lesson {name!r}: {hint}")
 
 
 def parse(text: str, *, source: Path) -> Lesson:

@@ -21,6 +21,7 @@ HELP = """\
   pause      take the guest's vCPUs out of it
   resume     let them run on
   cont       resume, and go back to the guest (as Ctrl-A c, which does not resume)
+  stop       ask the guest to stop, by its parameter page
   quit       end the run
 """
 
@@ -93,6 +94,9 @@ class Monitor:
                 case ["cont" | "c"]:
                     self._resume()
                     self.toggle()
+                case ["stop"]:
+                    self._pc.request_stop()
+                    show("asked\n")
                 case ["quit" | "q"]:
                     self._pc.stop()
                     self.is_open = False

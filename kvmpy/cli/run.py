@@ -112,7 +112,7 @@ def with_lesson(arguments: Namespace) -> Namespace:
     except LookupError as error:
         raise UsageError(str(error), "kvmpy lessons") from error
     if not lesson.image.is_file():
-        raise ImageError(f"lesson {lesson.name} is not built: make does it", path=str(lesson.image))
+        raise ImageError(f"lesson {lesson.name} is not built: make guests does it", path=str(lesson.image))
     defaults = arguments.parser.parse_args([*lesson.options, arguments.file])
     chosen: Namespace = arguments.parser.parse_args(arguments.argv, namespace=defaults)
     chosen.file = str(lesson.image)

@@ -56,6 +56,10 @@ class Session:
         self._deadline = Deadline(None)
         self._interruption = stack.enter_context(Interruption())
         self._outputs: list[Output] = []
+        if arguments.dump_core is not None:
+            from kvmpy.pc.core_dump import check_path
+
+            check_path(arguments.dump_core)
         serial, debugcon = self._port("--serial", arguments.serial), self._port("--debugcon", arguments.debugcon)
         host_cpus = len(os.sched_getaffinity(0))
         self.pc = stack.enter_context(

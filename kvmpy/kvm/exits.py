@@ -78,6 +78,8 @@ class IoIn(_Exit):
 
     def reply(self, data: bytes) -> None:
         """Give the guest ``data``: exactly ``size * count`` bytes, little-endian elements."""
+        if len(data) != len(self.buffer):
+            raise ValueError(f"a reply of {len(data)} bytes: {len(self.buffer)} are wanted")
         self.buffer[:] = data
 
 
@@ -105,6 +107,8 @@ class MmioRead(_Exit):
 
     def reply(self, data: bytes) -> None:
         """Give the guest ``data``: exactly ``size`` bytes."""
+        if len(data) != len(self.buffer):
+            raise ValueError(f"a reply of {len(data)} bytes: {len(self.buffer)} are wanted")
         self.buffer[:] = data
 
 

@@ -18,7 +18,7 @@ MAX_CPUID_ENTRIES = 256
 
 _FIXES = {
     errno.ENOENT: "load the kernel module kvm_intel or kvm_amd, and enable virtualization in the firmware",
-    errno.EACCES: "join the group that owns it: sudo usermod -aG kvm $USER, then log in again",
+    errno.EACCES: "join its group (sudo usermod -aG kvm $USER, log in again); kvmpy doctor looks closer",
     errno.ENODEV: "the module is loaded but the processor or firmware offers no virtualization",
 }
 

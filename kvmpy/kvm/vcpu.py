@@ -118,14 +118,17 @@ class Vcpu:
         """Yield each exit that C does not answer, until the caller leaves the loop.
 
         After ``max_exits`` exits (those answered in C included) it yields BudgetSpent, after ``timeout`` seconds
-        DeadlinePassed, and ends. A `kick` yields Intr and goes on.
+        DeadlinePassed, and ends; the limit ends with it. A `kick` yields Intr and goes on.
         """
         self.set_budget(max_exits=max_exits, timeout=timeout)
-        while True:
-            exit = self.next_exit()
-            yield exit
-            if isinstance(exit, exits.BudgetSpent | exits.DeadlinePassed):
-                return
+        try:
+            while True:
+                exit = self.next_exit()
+                yield exit
+                if isinstance(exit, exits.BudgetSpent | exits.DeadlinePassed):
+                    return
+        finally:
+            self.set_budget()
 
     def set_budget(self, *, max_exits: int | None = None, timeout: float | None = None) -> None:
         """Stop after ``max_exits`` more exits or ``timeout`` seconds from now; None lifts the limit."""

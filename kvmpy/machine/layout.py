@@ -20,7 +20,6 @@
     0x0010_0000  +-------------------------------+  1 MiB
                  | RAM                           |  kernels load here; modules and initrd at its top
     0xc000_0000  +-------------------------------+  3 GiB: the hole, present on every machine
-                 | 0xd0000000 virtio-mmio        |  one 4 KiB window a device
                  | 0xfec00000 IOAPIC             |
                  | 0xfee00000 local APICs        |
                  | 0xfffbc000 KVM's own pages    |  identity map (1) and TSS (3)
@@ -39,7 +38,6 @@ EBDA = 0x9_FC00
 BDA_EBDA_SEGMENT = 0x40E
 BDA_BASE_MEMORY = 0x413
 LOW_RAM_END = EBDA
-VIDEO = 0xA_0000
 
 BIOS_AREA = 0xC_0000
 BOOT_GDT = 0xC_0000
@@ -59,8 +57,6 @@ HIGH_MEMORY = 1 * MiB
 HOLE = 3 * GiB
 HOLE_END = 4 * GiB
 
-VIRTIO_MMIO = 0xD000_0000
-VIRTIO_MMIO_SIZE = PAGE_SIZE
 IOAPIC = 0xFEC0_0000
 LOCAL_APIC = 0xFEE0_0000
 IDENTITY_MAP = 0xFFFB_C000

@@ -10,8 +10,8 @@
 Source: ELF gABI, chapters 4 and 5; <sys/procfs.h>, struct elf_prstatus; <sys/user.h>, struct user_regs_struct.
 """
 
+import errno
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -52,11 +52,10 @@ def write_core(pc: "Pc", path: str) -> None:
 
     Raises:
         OSError: it cannot be written; what was at ``path`` is untouched.
-        ValueError: at ``path`` is something that is no regular file.
     """
     notes = b"".join(_note(thread.vcpu_id, thread.call(prstatus_registers)) for thread in pc.machine.threads)
+    check_path(path)
     folder, name = os.path.split(path)
-    _refuse_special(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
         # A guest's memory holds its secrets: for the owner alone.
@@ -73,13 +72,19 @@ def write_core(pc: "Pc", path: str) -> None:
         raise type(error)(error.errno, error.strerror, path) from error
 
 
-def _refuse_special(path: str) -> None:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: is no regular file, which a core would replace")
+def check_path(path: str) -> None:
+    """See, before a long run, that a core could be written to ``path``: a regular file or none, in a folder of ours.
+
+    Raises:
+        OSError: it could not.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "is no regular file, which a core would replace", path)
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
 def prstatus_registers(vcpu: Vcpu) -> list[int]:

@@ -71,7 +71,7 @@ class Pc:
         self.kvm = Kvm()
         self._closers.append(self.kvm.close)
         allowed = self.kvm.check_extension(lib.KVM_CAP_MAX_VCPUS)
-        if spec.cores > allowed:
+        if not 1 <= spec.cores <= allowed:
             raise ValueError(f"{spec.cores} cores: allowed is 1 to {allowed} (KVM_CAP_MAX_VCPUS of this host)")
         self.dedication = dedicate(self.kvm, spec.cores) if spec.dedicated else None
         self.memory = GuestMemory(spec.memory, hugepages=spec.hugepages)
@@ -208,7 +208,7 @@ class Pc:
             self.loop.rest(GATHER_MS)
 
     def stop(self, reason: EndReason = EndReason.INTERRUPTED) -> None:
-        """End the run from outside; from any thread, but not from a signal handler: it takes locks."""
+        """End the run from outside; from any thread or signal handler."""
         self.machine.finish(End(reason))
 
     def pause(self) -> None:

@@ -35,8 +35,10 @@ class MachineSpec:
     ``device_modes`` turns a device (see DEVICES) to Python or to traced. ``trace_exits`` brings every exit to Python.
     ``measure_time`` accounts the time inside KVM_RUN. ``max_exits`` is a budget for each vCPU.
 
+    How many cores are allowed only KVM knows: `Pc` asks it.
+
     Raises:
-        ValueError: a figure is outside what any host allows; the message says the range.
+        ValueError: a figure is outside what this host allows; the message says the range.
     """
 
     def __init__(
@@ -71,8 +73,6 @@ class MachineSpec:
         return MachineSpec(**vars(self) | changes)
 
     def _check(self) -> None:
-        if self.cores < 1:
-            raise ValueError(f"{self.cores} cores: allowed is 1 to what the host's KVM gives")
         host = host_memory()
         if not MiB <= self.memory <= host or self.memory % PAGE_SIZE:
             raise ValueError(

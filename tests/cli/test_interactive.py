@@ -135,6 +135,16 @@ def test_keys_are_the_monitors_until_it_is_left(monitor: Terminal) -> None:
     monitor.read_until(b"<hello>")
 
 
+def test_the_monitor_asks_the_guest_to_stop(terminal: Callable[..., Terminal]) -> None:
+    """The lesson waits for the mailbox of its parameter page, and then ends by itself."""
+    started = terminal("run", "lesson:stop_request", "-i", "--timeout", "20")
+    started.read_until(b"waiting")
+    started.type(b"\x01c")
+    started.read_until(b"(kvmpy) ")
+    started.type(b"stop\r")
+    assert started.wait() == 0
+
+
 def test_a_paused_guest_stands_still_until_it_goes_on(monitor: Terminal) -> None:
     monitor.type(b"pause\r")
     monitor.read_until(b"paused\r\n(kvmpy) ")

@@ -281,9 +281,19 @@ def test_a_core_is_written_whatever_the_end(kvmpy: Kvmpy, image: Callable[..., s
     assert (tmp_path / "core2").exists()
 
 
-def test_a_core_that_cannot_be_written_is_told(kvmpy: Kvmpy, hello: str) -> None:
-    done = kvmpy("run", hello, *FLAT, "--dump-core", "missing/core")
-    assert (done.returncode, done.stderr) == (196, "kvmpy: missing/core: No such file or directory\n")
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("missing/core", "No such file or directory"),
+        ("/dev/full", "is no regular file, which a core would replace"),
+        (".", "is no regular file, which a core would replace"),
+    ],
+)
+def test_a_core_that_cannot_be_written_is_told_before_the_guest_runs(
+    kvmpy: Kvmpy, hello: str, path: str, why: str
+) -> None:
+    done = kvmpy("run", hello, *FLAT, "--dump-core", path)
+    assert (done.returncode, done.stdout, done.stderr) == (196, "", f"kvmpy: {path}: {why}\n")
 
 
 # --- lessons ----------------------------------------------------------------------------------------------------

@@ -77,10 +77,17 @@ def test_find_returns_a_lesson_by_name() -> None:
     assert lessons.find("hello") in lessons.lessons()
 
 
-@pytest.mark.parametrize("name", ["helo", "../guests/hello", "hello.S", ""])
+@pytest.mark.parametrize("name", ["helo", "../guests/hello", "hello.S"])
 def test_find_names_lessons_that_sound_alike(name: str) -> None:
     """A name is a word, never a path."""
     with pytest.raises(LookupError, match=r"did you mean .*hello"):
+        lessons.find(name)
+
+
+@pytest.mark.parametrize("name", ["", "zzz"])
+def test_find_says_where_the_names_are_when_none_sounds_alike(name: str) -> None:
+    """One line, not all the names."""
+    with pytest.raises(LookupError, match=r"^no lesson '\w*': there are \d+, kvmpy lessons lists them$"):
         lessons.find(name)
 
 

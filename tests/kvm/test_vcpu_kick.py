@@ -237,6 +237,13 @@ def test_budget_of_time_ends_a_halt_in_the_kernel(vm: Vm, start: Start) -> None:
     assert vcpu.next_exit() == DeadlinePassed()
 
 
+def test_budget_of_a_run_ends_with_it(start: Start) -> None:
+    vcpu = start(SPIN)
+    assert list(vcpu.run(timeout=0.05)) == [DeadlinePassed()]
+    vcpu.kick()
+    assert vcpu.next_exit() == Intr()
+
+
 def test_budget_of_time_that_is_over_enters_no_guest(start: Start) -> None:
     vcpu = start(OUTS)
     vcpu.set_budget(timeout=0)

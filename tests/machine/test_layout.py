@@ -10,7 +10,7 @@ from kvmpy.machine import layout
 from kvmpy.machine.layout import RAM, RESERVED, memory_map, ram_ranges
 
 OURS = [
-    (layout.EBDA, layout.VIDEO - layout.EBDA),
+    (layout.EBDA, 0xA_0000 - layout.EBDA),
     (layout.BOOT_GDT, 4 * KiB),
     (layout.BOOT_INFO, layout.BOOT_INFO_SIZE),
     (layout.BOOT_PAGE_TABLES, layout.BOOT_PAGE_TABLES_SIZE),
@@ -37,7 +37,7 @@ def test_what_kvmpy_writes_lies_in_the_bios_area() -> None:
 
 
 def test_what_is_in_the_hole_lies_in_the_hole() -> None:
-    for gpa in (layout.VIRTIO_MMIO, layout.IOAPIC, layout.LOCAL_APIC, layout.IDENTITY_MAP, layout.TSS + 3 * 4096 - 1):
+    for gpa in (layout.HOLE, layout.IOAPIC, layout.LOCAL_APIC, layout.IDENTITY_MAP, layout.TSS + 3 * 4096 - 1):
         assert layout.HOLE <= gpa < layout.HOLE_END
     assert layout.TSS == layout.IDENTITY_MAP + 4096
 

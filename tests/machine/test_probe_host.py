@@ -124,6 +124,13 @@ def test_a_processor_without_virtualization_is_sent_to_the_firmware(pretend: Mac
     assert "firmware" in (device_probes.device(str(tmp_path / "kvm")).fix or "")
 
 
+def test_kvm_without_virtualization_in_the_processor_is_no_fault(pretend: MachineFiles) -> None:
+    """Some KVM does without it: then nothing is to be mended in the firmware."""
+    pretend("fpu lm", ("kvm", "kvm_other"))
+    found = host_probes.cpu_flag("")
+    assert (found.verdict, found.fix) == (Verdict.UNKNOWN, None)
+
+
 def test_a_missing_device_behind_a_loaded_module_is_a_matter_of_the_node(pretend: MachineFiles, tmp_path: Path) -> None:
     pretend("fpu vmx lm", ("kvm", "kvm_intel"))
     assert host_probes.describe_host().modules == ("kvm_intel",)

@@ -133,9 +133,10 @@ def test_request_to_stop_reaches_the_guest(make_pc: Callable[..., Pc]) -> None:
 
 
 @pytest.mark.kvm
-def test_more_cores_than_kvm_gives_are_refused(make_pc: Callable[..., Pc]) -> None:
-    with pytest.raises(ValueError, match=r"^100000 cores: allowed is 1 to \d+ \(KVM_CAP_MAX_VCPUS of this host\)$"):
-        make_pc(FINISH, cores=100_000)
+@pytest.mark.parametrize("cores", [-1, 0, 100_000])
+def test_cores_that_kvm_does_not_give_are_refused(make_pc: Callable[..., Pc], cores: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{cores} cores: allowed is 1 to \d+ \(KVM_CAP_MAX_VCPUS of this host\)$"):
+        make_pc(FINISH, cores=cores)
 
 
 @pytest.mark.kvm
@@ -150,8 +151,6 @@ def test_image_that_is_none_leaves_nothing_open(image: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cores": 0}, "^0 cores: allowed is 1 to"),
-        ({"cores": -1}, "^-1 cores"),
         ({"memory": 0}, "^memory of 0 bytes: allowed is 1 MiB to"),
         ({"memory": 1}, "^memory of 1 bytes: allowed is 1 MiB to"),
         ({"memory": 1 * MiB + 1}, "in multiples of 4 KiB$"),
@@ -174,5 +173,5 @@ def test_spec_can_be_changed_into_another() -> None:
     spec = MachineSpec("image", cores=2, memory=64 * MiB)
     changed = spec.replace(cores=3)
     assert (spec.cores, changed.cores, changed.memory) == (2, 3, 64 * MiB)
-    with pytest.raises(ValueError, match=r"^0 cores"):
-        spec.replace(cores=0)
+    with pytest.raises(ValueError, match=r"^memory of 0 bytes"):
+        spec.replace(memory=0)

@@ -55,7 +55,11 @@ def cpu_flag(path: str) -> Finding:
     flags = [flag for flag in VENDOR_MODULES if flag in info.get("flags", "").split()]
     if flags:
         return Finding(Ability.CPU_FLAG, Verdict.OK, ", ".join(flags))
-    return Finding(Ability.CPU_FLAG, Verdict.MISSING, "no vmx (Intel) and no svm (AMD)", _FLAG_FIX)
+    detail = "no vmx (Intel) and no svm (AMD)"
+    others = set(vendor_modules()) - set(VENDOR_MODULES.values())
+    if others:
+        return Finding(Ability.CPU_FLAG, Verdict.UNKNOWN, f"{detail}; {', '.join(sorted(others))} does without")
+    return Finding(Ability.CPU_FLAG, Verdict.MISSING, detail, _FLAG_FIX)
 
 
 def bare_metal(path: str) -> Finding:

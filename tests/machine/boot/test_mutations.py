@@ -118,7 +118,7 @@ def look(path: str, where: str) -> None:
 
 @pytest.mark.timeout(1800)
 def test_damaged_images_load_cleanly_or_are_refused_with_an_offset(tmp_path, capsys):
-    """The issue's promise: an ImageError that names the offset or a clean load, nothing else; our tables stay ours."""
+    """A damaged image gives an ImageError that names the offset or a clean load, nothing else; our tables stay ours."""
     seed = int(os.environ.get("KVMPY_SEED") or random.SystemRandom().randrange(2**32))
     rng = random.Random(seed)
     path, module = str(tmp_path / "image"), str(tmp_path / "module")
