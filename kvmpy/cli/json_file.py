@@ -10,15 +10,18 @@ from kvmpy.cli.output import open_output
 from kvmpy.cli.report import as_dict
 from kvmpy.pc import Pc, RunResult
 
+STDOUT = 1
+STANDARD_OUTPUT = "-"
+
 
 class JsonFile:
-    """Open from the beginning, so that a path which cannot be written is found before the guest runs. Raises OSError.
+    """The file at ``path``, or standard output for ``-``; written once, closed by ``stack``.
 
-    Closed by ``stack``; written once.
+    Open from the beginning, so that a path which cannot be written is found before the guest runs. Raises OSError.
     """
 
     def __init__(self, path: str, stack: ExitStack) -> None:
-        self._fd = open_output(path)
+        self._fd = os.dup(STDOUT) if path == STANDARD_OUTPUT else open_output(path)
         self._path = path
         self._written = False
         stack.callback(os.close, self._fd)

@@ -61,7 +61,7 @@ def configure(parser: Parser) -> None:
     add("--debug-exit", choices=[str(kind) for kind in DebugExit], default="kvmpy", help="whose exit statuses (kvmpy)")
     add("--trace", action="store_true", help="show each exit")
     add("--stats", action="store_true", help="show exits and times at the end")
-    add("--json", metavar="FILE", help="write status, why it ended, exits and times")
+    add("--json", metavar="FILE", help="write status, why it ended, exits and times (-: standard output)")
     add("--dump-core", metavar="FILE", help="write the guest's memory and registers, for gdb")
     add("-v", "--verbose", action="store_true", help="show what was loaded how")
 

@@ -267,6 +267,11 @@ def test_json_has_the_whole_result(kvmpy: Kvmpy, hello: str, tmp_path: Path) -> 
     assert os.uname().release in result["host"]
 
 
+def test_json_goes_to_standard_output_when_asked(kvmpy: Kvmpy, hello: str) -> None:
+    done = kvmpy("run", hello, *FLAT, "--json", "-", "--debugcon", "none", "--serial", "none")
+    assert json.loads(done.stdout)["status"] == done.returncode == 7
+
+
 def test_json_tells_why_there_was_no_run(kvmpy: Kvmpy, tmp_path: Path) -> None:
     assert kvmpy("run", "missing", "--json", "out.json").returncode == 194
     result = json.loads((tmp_path / "out.json").read_text())
