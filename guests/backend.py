@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
@@ -20,7 +21,10 @@ def _build_guests(*arguments: str) -> None:
     subprocess.run([sys.executable, str(HERE / "build.py"), *arguments], check=True)
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):  # type: ignore[no-untyped-def]
+def build_wheel(
+    wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
+) -> str:
+    """Build the wheel (PEP 517), the lessons in it; return its name."""
     try:
         _build_guests("--install", str(LESSONS_DATA))
         return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
@@ -28,6 +32,9 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         shutil.rmtree(LESSONS_DATA, ignore_errors=True)
 
 
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):  # type: ignore[no-untyped-def]
+def build_editable(
+    wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
+) -> str:
+    """Build the wheel of an editable installation (PEP 660); return its name."""
     _build_guests()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvmpy.kvm.vm import Vm
 
 NO_BUDGET = (1 << 64) - 1
+_REGS_SIZE = ffi.sizeof("struct kvm_regs")
 # After an exit the processor's caches and predictors are cold, and each step costs several times what it does in a
 # warm loop. So `next_exit` knows by name what it needs, and goes the shortest way to the commonest exit.
 _kvmpy_run, _STOP_OUT = lib.kvmpy_run, lib.KVMPY_STOP_OUT
@@ -218,19 +219,19 @@ class Vcpu:
 
     def get_regs(self) -> Regs:
         """Return a copy of the general registers: no ioctl after an exit, where the host has sync regs."""
-        regs = ffi.new("struct kvm_regs *")
+        regs: Regs = ffi.new("struct kvm_regs *")
         page, run = self._page
         if self._regs_in_page() and page:
-            regs[0] = lib.kvmpy_sync_regs(run)[0]
+            ffi.memmove(regs, lib.kvmpy_sync_regs(run), _REGS_SIZE)
         else:
             ioctl(self.fd, "KVM_GET_REGS", regs)
-        return regs  # type: ignore[no-any-return]
+        return regs
 
     def set_regs(self, regs: Regs) -> None:
         """Set the general registers to what `get_regs` gave, changed."""
         page, run = self._page
         if self._regs_in_page() and page:
-            lib.kvmpy_sync_regs(run)[0] = regs[0]  # type: ignore[index]
+            ffi.memmove(lib.kvmpy_sync_regs(run), regs, _REGS_SIZE)
             run.kvm_dirty_regs |= lib.KVM_SYNC_X86_REGS
         else:
             ioctl(self.fd, "KVM_SET_REGS", regs)
@@ -249,9 +250,9 @@ class Vcpu:
 
     def get_sregs(self) -> Sregs:
         """Return a copy of the segment, control and system registers."""
-        sregs = ffi.new("struct kvm_sregs *")
+        sregs: Sregs = ffi.new("struct kvm_sregs *")
         ioctl(self.fd, "KVM_GET_SREGS", sregs)
-        return sregs  # type: ignore[no-any-return]
+        return sregs
 
     def set_sregs(self, sregs: Sregs) -> None:
         """Set the segment, control and system registers. Raises KvmError (EINVAL: a combination that cannot be)."""

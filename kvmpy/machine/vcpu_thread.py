@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvmpy.kvm import Exit, Vcpu, Vm
 
@@ -62,7 +62,7 @@ class VcpuThread:
         # Guards the fields below. The thread looks at `_wanted` after each exit, and at the rest when that is set.
         self._changed = threading.Condition()
         self._wanted = True
-        self._requests: deque[_Request[object]] = deque()
+        self._requests: deque[_Request[Any]] = deque()
         self._paused = True
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name=f"kvmpy-vcpu{vcpu_id}", daemon=True)
@@ -80,7 +80,7 @@ class VcpuThread:
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the vCPU thread has ended")
-            self._requests.append(request)  # type: ignore[arg-type]
+            self._requests.append(request)
             self._wanted = True
             self._changed.notify_all()
         self._kick()
