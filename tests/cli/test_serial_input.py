@@ -17,9 +17,7 @@ from kvmpy.pc.loop import EventLoop
 
 def run(image: str, *options: str, **streams: object) -> "subprocess.CompletedProcess[bytes]":
     command = [sys.executable, "-m", "kvmpy", "run", image, "--format", "flat", *options]
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        command, capture_output=True, env=environment(), timeout=DEADLINE, **streams
-    )
+    return subprocess.run(command, capture_output=True, env=environment(), timeout=DEADLINE, **streams)
 
 
 @pytest.mark.kvm

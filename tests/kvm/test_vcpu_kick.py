@@ -40,18 +40,25 @@ def thread(target: Callable[[], object]) -> Iterator[threading.Thread]:
         assert not running.is_alive()
 
 
-def test_kick_from_another_thread_is_never_lost(start: Start) -> None:
-    """The flag alone does not wake a vCPU in the guest, the signal alone loses the race. Each kick, once."""
-    vcpu = start(SPIN)
-    vcpu.set_budget(timeout=LONG)
+@contextmanager
+def kicks_on_demand(vcpu: Vcpu, count: int) -> Iterator[threading.Semaphore]:
+    """Kick from another thread, ``count`` times in all, once for each release of the semaphore."""
     going = threading.Semaphore(0)
 
     def kicker() -> None:
-        for _ in range(300):
+        for _ in range(count):
             going.acquire()
             vcpu.kick()
 
     with thread(kicker):
+        yield going
+
+
+def test_kick_from_another_thread_is_never_lost(start: Start) -> None:
+    """The flag alone does not wake a vCPU in the guest, the signal alone loses the race. Each kick, once."""
+    vcpu = start(SPIN)
+    vcpu.set_budget(timeout=LONG)
+    with kicks_on_demand(vcpu, 300) as going:
         for _ in range(300):
             going.release()
             assert vcpu.next_exit() == Intr()
@@ -61,14 +68,7 @@ def test_kick_reaches_a_vcpu_that_exits_all_the_time(start: Start) -> None:
     """Whether it comes inside KVM_RUN, in C between two of them, or in Python."""
     vcpu = start(OUTS)
     vcpu.set_budget(timeout=LONG)
-    going = threading.Semaphore(0)
-
-    def kicker() -> None:
-        for _ in range(300):
-            going.acquire()
-            vcpu.kick()
-
-    with thread(kicker):
+    with kicks_on_demand(vcpu, 300) as going:
         for _ in range(300):
             going.release()
             while (exit := vcpu.next_exit()) != Intr():

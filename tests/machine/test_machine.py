@@ -262,7 +262,7 @@ def test_end_that_comes_between_look_and_resume_still_ends(bench: Bench) -> None
         wait_until_it_stands(machine)
         resume()
 
-    thread.resume = resume_late  # type: ignore[method-assign]
+    thread.resume = resume_late
     machine.run()
     wait_until_it_stands(machine)
 
@@ -342,8 +342,8 @@ def test_memory_that_does_not_fit_leaves_no_vm(kvm: Kvm) -> None:
 
     class TwoInOne(GuestMemory):
         def map_into(self, vm: object, *, first_slot: int = 0) -> None:
-            super().map_into(vm, first_slot=first_slot)  # type: ignore[arg-type]
-            super().map_into(vm, first_slot=5)  # type: ignore[arg-type]
+            super().map_into(vm, first_slot=first_slot)
+            super().map_into(vm, first_slot=5)
 
     before = sorted(os.listdir("/proc/self/fd"))
     with TwoInOne(1 * MiB) as memory, pytest.raises(KvmError, match="EEXIST"):

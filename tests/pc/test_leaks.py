@@ -49,7 +49,7 @@ def image(tmp_path: Path) -> str:
 
 
 def spec(image: str, **options: object) -> MachineSpec:
-    return MachineSpec(image, memory=8 * MiB, boot_options=BootOptions(format="flat"), **options)  # type: ignore[arg-type]
+    return MachineSpec(image, memory=8 * MiB, boot_options=BootOptions(format="flat"), **options)
 
 
 def run_once(image: str, **options: object) -> None:

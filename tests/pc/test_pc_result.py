@@ -165,7 +165,7 @@ def test_image_that_is_none_leaves_nothing_open(image: str) -> None:
 def test_spec_that_no_host_can_give_is_refused(options: dict[str, object], message: str) -> None:
     """One line with the allowed range."""
     with pytest.raises(ValueError, match=message) as caught:
-        MachineSpec("image", **options)  # type: ignore[arg-type]
+        MachineSpec("image", **options)
     assert "\n" not in str(caught.value)
 
 

@@ -235,6 +235,24 @@ def test_two_pcs_at_once_do_not_disturb_each_other(make_pc: MakePc) -> None:
         assert result.exits_total == 2001
 
 
+def test_guest_goes_on_after_a_storm_of_kicks(make_pc: MakePc) -> None:
+    """While it lasts a storm may keep the guest from its next exit; nothing of the guest is lost by it."""
+    begun = threading.Event()
+    pc = make_pc("1: outb %al, $0xe9\n jmp 1b", debugcon=lambda data: begun.set())
+    runner = threading.Thread(target=pc.run, kwargs={"timeout": LONG})
+    runner.start()
+    assert begun.wait(LONG)
+    for _ in range(5):
+        for _ in range(20_000):
+            kick(pc)
+        for _ in range(2):  # what was printed before may come once
+            begun.clear()
+            assert begun.wait(LONG)
+    pc.stop()
+    runner.join(LONG)
+    assert not runner.is_alive()
+
+
 def test_fork_of_the_host_leaves_the_pc_alone(make_pc: MakePc) -> None:
     """A child that only ends; the vCPUs are the parent's."""
     begun = threading.Event()
