@@ -11,6 +11,11 @@
 #include <errno.h>
 #include <linux/kvm.h>
 #include <linux/serial_reg.h>
+#include <linux/virtio_blk.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_mmio.h>
+#include <linux/virtio_ring.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -21,5 +26,6 @@
 #include "compat.h"
 #include "run_loop.h"
 #include "serial.h"
+#include "virtqueue.h"
 
 #endif

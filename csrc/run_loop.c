@@ -104,13 +104,22 @@ static struct kvmpy_range *find(const struct kvmpy_loop *loop, uint8_t space, ui
     return inside ? range : NULL;
 }
 
+static bool is_whole(const struct kvmpy_range *range, uint64_t size)
+{
+    return range->last - range->first + 1 == size;
+}
+
 /* Answer `count` reads of `size` bytes into `data`: -1 when done, else a kvmpy_stop. */
 static int answer_read(struct kvmpy_loop *loop, struct kvmpy_range *range, uint8_t *data)
 {
-    uint64_t value = __atomic_load_n(&range->value, __ATOMIC_RELAXED);
-    if (range->on_read != KVMPY_CONSTANT && range->on_read != KVMPY_COUNT)
-        return KVMPY_STOP_EXIT;
     uint32_t size = loop->exit.size;
+    uint64_t value;
+    if (range->on_read == KVMPY_WORD && is_whole(range, size))
+        value = __atomic_load_n(range->word, __ATOMIC_SEQ_CST);
+    else if (range->on_read == KVMPY_CONSTANT || range->on_read == KVMPY_COUNT)
+        value = __atomic_load_n(&range->value, __ATOMIC_RELAXED);
+    else
+        return KVMPY_STOP_EXIT;
     for (uint32_t i = 0; i < loop->exit.count; i++)
         memcpy(data + i * size, &value, size);
     loop->exit.data = 0;
@@ -134,6 +143,11 @@ static int answer_write(struct kvmpy_loop *loop, struct kvmpy_range *range, cons
         return -1;
     case KVMPY_EXIT:
         return KVMPY_STOP_EXIT_PORT;
+    case KVMPY_CLEAR:
+        if (!is_whole(range, loop->exit.size))
+            return KVMPY_STOP_EXIT;
+        __atomic_fetch_and(range->word, ~loop->exit.data, __ATOMIC_SEQ_CST);
+        return -1;
     default:
         return KVMPY_STOP_EXIT;
     }

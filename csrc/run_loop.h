@@ -23,6 +23,8 @@ enum kvmpy_action {
     KVMPY_COUNT,     /* write: `value` += 1; read: the low bytes of `value` */
     KVMPY_SERIAL,    /* write: the byte goes to `serial`; to Python when that is full */
     KVMPY_EXIT,      /* write: ends the run; the value written is in exit.data */
+    KVMPY_WORD,      /* read of the whole range: `*word` */
+    KVMPY_CLEAR,     /* write of the whole range: the bits written are cleared in `*word` */
 };
 
 /* [first, last] of one space; the table is sorted by (space, first) and does not overlap. */
@@ -30,6 +32,7 @@ struct kvmpy_range {
     uint64_t first, last;
     uint64_t value;
     struct kvmpy_serial *serial;
+    uint64_t *word; /* other threads may change it at any time */
     uint8_t space, on_read, on_write;
 };
 

@@ -15,6 +15,11 @@
 #define KVMPY_IRQ_ACPI            9      /* SCI */
 #define KVMPY_PORT_RESET          0xcf9
 
+/* virtio-mmio devices: device i has 4 KiB of registers at KVMPY_VIRTIO_MMIO + i * KVMPY_VIRTIO_MMIO_STRIDE */
+#define KVMPY_VIRTIO_MMIO         0xd0000000
+#define KVMPY_VIRTIO_MMIO_STRIDE  0x1000
+#define KVMPY_VIRTIO_MMIO_MAX     16     /* devices of one machine: as many as there are interrupt pins for */
+
 /* The parameter page */
 #define KVMPY_PARAMS              0xe0000            /* its guest physical address */
 #define KVMPY_PARAMS_SIZE         0x1000
@@ -34,6 +39,8 @@
 #define KVMPY_PARAMS_OFF_ACK        0x78  /* u32 mailbox, guest to host: the request that it has seen */
 #define KVMPY_PARAMS_OFF_PAIRS_LEN  0x7c  /* u32: bytes of pairs */
 #define KVMPY_PARAMS_OFF_HEARTBEAT  0x80  /* u64: the guest counts here that it lives */
+#define KVMPY_PARAMS_OFF_VIRTIO_COUNT 0x88 /* u32: virtio-mmio devices of this machine */
+#define KVMPY_PARAMS_OFF_VIRTIO_GSI 0x90  /* u8 for each: the GSI of device i */
 #define KVMPY_PARAMS_OFF_PAIRS      0x100 /* key=value pairs, UTF-8, each ended by NUL */
 
 #define KVMPY_REQUEST_NONE        0

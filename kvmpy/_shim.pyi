@@ -3,6 +3,8 @@
 from typing import Any
 
 class _Library:
+    def kvmpy_interrupt_raise(self, interrupt: Any, bits: Any) -> Any: ...
+    def kvmpy_interrupt_acknowledge(self, interrupt: Any, bits: Any) -> Any: ...
     def memset(self, target: Any, byte: Any, size: Any) -> Any: ...
     def mlock(self, address: Any, size: Any) -> Any: ...
     def kvmpy_install_kick_handler(self) -> Any: ...
@@ -16,6 +18,24 @@ class _Library:
     def kvmpy_sync_regs(self, run: Any) -> Any: ...
     def kvmpy_serial_push(self, serial: Any, data: Any, size: Any) -> Any: ...
     def kvmpy_serial_drain(self, serial: Any, out: Any, size: Any) -> Any: ...
+    KVMPY_FAULT_NONE: int
+    KVMPY_FAULT_RING_ADDRESS: int
+    KVMPY_FAULT_AVAIL_INDEX: int
+    KVMPY_FAULT_HEAD: int
+    KVMPY_FAULT_NEXT: int
+    KVMPY_FAULT_CHAIN_TOO_LONG: int
+    KVMPY_FAULT_UNKNOWN_FLAGS: int
+    KVMPY_FAULT_INDIRECT_NOT_NEGOTIATED: int
+    KVMPY_FAULT_INDIRECT_NESTED: int
+    KVMPY_FAULT_INDIRECT_AND_NEXT: int
+    KVMPY_FAULT_INDIRECT_LENGTH: int
+    KVMPY_FAULT_INDIRECT_ADDRESS: int
+    KVMPY_FAULT_BUFFER_ADDRESS: int
+    KVMPY_FAULT_BUFFER_ORDER: int
+    KVMPY_FAULT_CHAIN_LENGTH: int
+    KVMPY_FAULT_BUFFER_ID: int
+    KVMPY_FAULT_PACKED_NOT_AVAILABLE: int
+    KVMPY_NR_FAULTS: int
     MAP_NORESERVE: int
     MADV_POPULATE_WRITE: int
     X86_CR0_PE: int
@@ -253,6 +273,8 @@ class _Library:
     KVMPY_COUNT: int
     KVMPY_SERIAL: int
     KVMPY_EXIT: int
+    KVMPY_WORD: int
+    KVMPY_CLEAR: int
     KVMPY_STOP_EXIT: int
     KVMPY_STOP_SIGNAL: int
     KVMPY_STOP_KICK: int
@@ -265,6 +287,85 @@ class _Library:
     KVMPY_LOOP_TIMES: int
     KVMPY_NR_REASONS: int
     KVMPY_RING: int
+    VIRTIO_CONFIG_S_ACKNOWLEDGE: int
+    VIRTIO_CONFIG_S_DRIVER: int
+    VIRTIO_CONFIG_S_DRIVER_OK: int
+    VIRTIO_CONFIG_S_FEATURES_OK: int
+    VIRTIO_CONFIG_S_NEEDS_RESET: int
+    VIRTIO_CONFIG_S_FAILED: int
+    VIRTIO_F_VERSION_1: int
+    VIRTIO_F_RING_PACKED: int
+    VIRTIO_F_RING_RESET: int
+    VIRTIO_ID_BLOCK: int
+    VRING_DESC_F_NEXT: int
+    VRING_DESC_F_WRITE: int
+    VRING_DESC_F_INDIRECT: int
+    VRING_PACKED_DESC_F_AVAIL: int
+    VRING_PACKED_DESC_F_USED: int
+    VRING_USED_F_NO_NOTIFY: int
+    VRING_AVAIL_F_NO_INTERRUPT: int
+    VRING_PACKED_EVENT_FLAG_ENABLE: int
+    VRING_PACKED_EVENT_FLAG_DISABLE: int
+    VRING_PACKED_EVENT_FLAG_DESC: int
+    VRING_PACKED_EVENT_F_WRAP_CTR: int
+    VIRTIO_RING_F_INDIRECT_DESC: int
+    VIRTIO_RING_F_EVENT_IDX: int
+    VRING_AVAIL_ALIGN_SIZE: int
+    VRING_USED_ALIGN_SIZE: int
+    VRING_DESC_ALIGN_SIZE: int
+    VIRTIO_MMIO_MAGIC_VALUE: int
+    VIRTIO_MMIO_VERSION: int
+    VIRTIO_MMIO_DEVICE_ID: int
+    VIRTIO_MMIO_VENDOR_ID: int
+    VIRTIO_MMIO_DEVICE_FEATURES: int
+    VIRTIO_MMIO_DEVICE_FEATURES_SEL: int
+    VIRTIO_MMIO_DRIVER_FEATURES: int
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL: int
+    VIRTIO_MMIO_QUEUE_SEL: int
+    VIRTIO_MMIO_QUEUE_NUM_MAX: int
+    VIRTIO_MMIO_QUEUE_NUM: int
+    VIRTIO_MMIO_QUEUE_READY: int
+    VIRTIO_MMIO_QUEUE_NOTIFY: int
+    VIRTIO_MMIO_INTERRUPT_STATUS: int
+    VIRTIO_MMIO_INTERRUPT_ACK: int
+    VIRTIO_MMIO_STATUS: int
+    VIRTIO_MMIO_QUEUE_DESC_LOW: int
+    VIRTIO_MMIO_QUEUE_DESC_HIGH: int
+    VIRTIO_MMIO_QUEUE_AVAIL_LOW: int
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH: int
+    VIRTIO_MMIO_QUEUE_USED_LOW: int
+    VIRTIO_MMIO_QUEUE_USED_HIGH: int
+    VIRTIO_MMIO_SHM_LEN_LOW: int
+    VIRTIO_MMIO_SHM_LEN_HIGH: int
+    VIRTIO_MMIO_SHM_BASE_LOW: int
+    VIRTIO_MMIO_SHM_BASE_HIGH: int
+    VIRTIO_MMIO_CONFIG_GENERATION: int
+    VIRTIO_MMIO_CONFIG: int
+    VIRTIO_MMIO_INT_VRING: int
+    VIRTIO_MMIO_INT_CONFIG: int
+    VIRTIO_BLK_F_SEG_MAX: int
+    VIRTIO_BLK_F_RO: int
+    VIRTIO_BLK_F_BLK_SIZE: int
+    VIRTIO_BLK_F_FLUSH: int
+    VIRTIO_BLK_F_TOPOLOGY: int
+    VIRTIO_BLK_F_CONFIG_WCE: int
+    VIRTIO_BLK_F_MQ: int
+    VIRTIO_BLK_F_DISCARD: int
+    VIRTIO_BLK_F_WRITE_ZEROES: int
+    VIRTIO_BLK_ID_BYTES: int
+    VIRTIO_BLK_T_IN: int
+    VIRTIO_BLK_T_OUT: int
+    VIRTIO_BLK_T_SCSI_CMD: int
+    VIRTIO_BLK_T_FLUSH: int
+    VIRTIO_BLK_T_GET_ID: int
+    VIRTIO_BLK_T_DISCARD: int
+    VIRTIO_BLK_T_WRITE_ZEROES: int
+    VIRTIO_BLK_T_SECURE_ERASE: int
+    VIRTIO_BLK_T_BARRIER: int
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP: int
+    VIRTIO_BLK_S_OK: int
+    VIRTIO_BLK_S_IOERR: int
+    VIRTIO_BLK_S_UNSUPP: int
     KVMPY_PORT_CONSOLE: int
     KVMPY_PORT_EXIT: int
     KVMPY_PORT_SERIAL: int
@@ -274,6 +375,9 @@ class _Library:
     KVMPY_ACPI_S5: int
     KVMPY_IRQ_ACPI: int
     KVMPY_PORT_RESET: int
+    KVMPY_VIRTIO_MMIO: int
+    KVMPY_VIRTIO_MMIO_STRIDE: int
+    KVMPY_VIRTIO_MMIO_MAX: int
     KVMPY_PARAMS: int
     KVMPY_PARAMS_SIZE: int
     KVMPY_PARAMS_MAGIC: int
@@ -291,6 +395,8 @@ class _Library:
     KVMPY_PARAMS_OFF_ACK: int
     KVMPY_PARAMS_OFF_PAIRS_LEN: int
     KVMPY_PARAMS_OFF_HEARTBEAT: int
+    KVMPY_PARAMS_OFF_VIRTIO_COUNT: int
+    KVMPY_PARAMS_OFF_VIRTIO_GSI: int
     KVMPY_PARAMS_OFF_PAIRS: int
     KVMPY_REQUEST_NONE: int
     KVMPY_REQUEST_STOP: int

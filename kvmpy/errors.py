@@ -62,6 +62,10 @@ class UnhandledExit(GuestError):
     """A VM exit that nobody on this board handles."""
 
 
+class VirtqueueError(GuestError):
+    """A driver broke a virtqueue: ``queue 0: the chain is longer than the queue (virtio 1.2 §2.7.5.2)``."""
+
+
 # --- the file ---------------------------------------------------------------------------------------------------
 
 
@@ -75,6 +79,36 @@ class ImageError(KvmpyError):
         self.offset = offset
 
     def __str__(self) -> str:
-        where = f"{self.path}: " if self.path else ""
-        at = f" (at offset 0x{self.offset:x})" if self.offset is not None else ""
-        return f"{where}{self.message}{at}"
+        return located(self.message, self.path, self.offset)
+
+
+class DiskError(KvmpyError):
+    """A disk's file is not what it claims, or cannot do what was asked. ``path`` and ``offset`` as in ImageError."""
+
+    def __init__(self, message: str, *, path: str = "", offset: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.offset = offset
+
+    def __str__(self) -> str:
+        return located(self.message, self.path, self.offset)
+
+
+class VhdFormatError(DiskError):
+    """A file is no VHD, or a damaged one."""
+
+
+class BlobError(DiskError):
+    """A page blob is damaged, missing, or asked for what a page blob cannot do."""
+
+
+class LeaseError(DiskError):
+    """Somebody else holds the right to write this disk; the message says who."""
+
+
+def located(message: str, path: str, offset: int | None) -> str:
+    """Return ``message`` with the file before it and the offset, in hex, behind."""
+    where = f"{path}: " if path else ""
+    at = f" (at offset 0x{offset:x})" if offset is not None else ""
+    return f"{where}{message}{at}"

@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "machine": (*FREE, "_shim", "kvm"),
     "devices": (*FREE, "_shim", "machine", "storage"),
     "pc": BELOW_PC,
+    "conformance": (*BELOW_PC, "pc"),
     "lab": (*BELOW_PC, "pc"),
     "debug": (*BELOW_PC, "pc"),
     "manager": (*BELOW_PC, "pc", "debug"),
-    "cli": (*BELOW_PC, "pc", "lab", "debug", "manager", "lessons"),
+    "cli": (*BELOW_PC, "pc", "conformance", "lab", "debug", "manager", "lessons"),
     "__main__": ("cli",),
 }
 """Floor -> the floors that it may import beside itself. ``kvmpy/__init__.py`` shows what a user types: it may all."""

@@ -17,7 +17,7 @@ from kvmpy.units import PAGE_SIZE
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kvmpy", "csrc", "guests", "benchmarks", "tests", "docs", ".ci")
 SOURCE_FOLDERS = ("kvmpy", "csrc", "guests", "benchmarks")
-GENERATED = ("__pycache__", "lessons_data")
+GENERATED = ("__pycache__", "lessons_data", "_shim.pyi")
 LONGEST_FILE = 400
 LARGEST_CSRC = 2500
 

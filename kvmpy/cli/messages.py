@@ -5,7 +5,7 @@ What the guest prints never passes here.
 
 import os
 
-from kvmpy.errors import GuestError, ImageError, KvmpyError
+from kvmpy.errors import DiskError, GuestError, ImageError, KvmpyError
 
 STDERR = 2
 
@@ -76,7 +76,7 @@ def status_of(error: Exception) -> int:
     match error:
         case UsageError() | ValueError():
             return int(ExitStatus.USAGE)
-        case ImageError():
+        case ImageError() | DiskError():
             return int(ExitStatus.IMAGE)
         case GuestError():
             return int(ExitStatus.CRASH)

@@ -28,13 +28,16 @@ class Action(IntEnum):
     COUNT = lib.KVMPY_COUNT
     SERIAL = lib.KVMPY_SERIAL
     EXIT = lib.KVMPY_EXIT
+    WORD = lib.KVMPY_WORD
+    CLEAR = lib.KVMPY_CLEAR
 
 
 class FastRange:
     """``size`` bytes at ``offset`` from a device's base, answered in C. The attributes may be set at any time.
 
     ``value`` is the reply of CONSTANT and the counter of COUNT (64 bits; an access takes the low bytes).
-    ``serial`` is a ``struct kvmpy_serial *`` for SERIAL; the caller keeps it alive.
+    ``serial`` is a ``struct kvmpy_serial *`` for SERIAL, ``word`` a ``uint64_t *`` for WORD and CLEAR, which take only
+    accesses of ``size`` bytes; the caller keeps both alive.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class FastRange:
         on_write: Action = Action.TO_PYTHON,
         value: int = 0,
         serial: Any = None,
+        word: Any = None,
     ) -> None:
         self.offset = offset
         self.size = size
         # A row of its own until a table binds it to one that C reads.
         self._row = ffi.new("struct kvmpy_range *")
         self._row.serial = ffi.NULL if serial is None else serial
+        self._row.word = ffi.NULL if word is None else word
         self.on_read = on_read
         self.on_write = on_write
         self.value = value
