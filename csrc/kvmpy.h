@@ -9,6 +9,7 @@
 #include <asm/kvm.h>
 #include <asm/processor-flags.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/kvm.h>
 #include <linux/serial_reg.h>
 #include <linux/virtio_blk.h>
@@ -27,5 +28,6 @@
 #include "run_loop.h"
 #include "serial.h"
 #include "virtqueue.h"
+#include "block.h"
 
 #endif
