@@ -171,15 +171,16 @@ static int serve_batch(struct kvmpy_block_queue *queue)
 }
 
 /* Before sleeping, while the driver need not notify: tell whether there is a reason not to sleep. */
-static bool look_for_more(const struct kvmpy_block_queue *queue)
+static bool look_for_more(struct kvmpy_block_queue *queue)
 {
-    uint64_t end = queue->spin_ns ? now_ns() + queue->spin_ns : 0;
-    while (end && now_ns() < end) {
-        if (kvmpy_ring_available(&queue->ring) || is_stopped(queue))
-            return true;
+    uint64_t start = start_clock(queue), end = queue->spin_ns ? now_ns() + queue->spin_ns : 0;
+    bool found = false;
+    while (end && !found && now_ns() < end) {
+        found = kvmpy_ring_available(&queue->ring) || is_stopped(queue);
         _mm_pause();
     }
-    return false;
+    stop_clock(&queue->counters.cycles_spinning, start);
+    return found;
 }
 
 /* Serve all that is available, and what comes meanwhile, with notifications off; then they are on again. */

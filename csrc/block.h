@@ -69,10 +69,10 @@ struct kvmpy_disk {
     uint8_t serial[VIRTIO_BLK_ID_BYTES];
 };
 
-/* Completed requests of a queue. Cycles are the TSC's; `cycles_serving` includes spinning and the other two. */
+/* Completed requests of a queue. Cycles are the TSC's; `cycles_serving` includes the other three. */
 struct kvmpy_block_counters {
     uint64_t reads, writes, flushes, others, errors, bytes_read, bytes_written;
-    uint64_t cycles_serving, cycles_file, cycles_interrupt;
+    uint64_t cycles_serving, cycles_spinning, cycles_file, cycles_interrupt;
 };
 
 struct kvmpy_request {

@@ -47,7 +47,9 @@ class BlockCycles(NamedTuple):
     """Cycles of the time stamp counter since `CBlock.measure`, over all queues."""
 
     serving: int
-    """From finding a chain to sleeping again, spinning too; the other two are inside."""
+    """From finding a chain to sleeping again; the other three are inside."""
+    spinning: int
+    """Looking for more before sleeping."""
     file: int
     """Finding extents and moving bytes: nearly all of it in system calls."""
     interrupt: int

@@ -85,11 +85,11 @@ class Side:
     def close_queue(self, index: int) -> None:
         self.queues.pop(index).close()
 
-    def process(self, index: int) -> tuple[Any, ...]:
-        """Serve queue ``index`` and return all that can be seen of it from outside but memory and disk."""
-        self.interrupt.acknowledge(3)
+    def process(self, index: int) -> tuple[Fault | None, tuple[int, ...], int]:
+        """Serve queue ``index`` and return what can be seen of it from outside, but for memory, disk and interrupt."""
+        self.interrupt.acknowledge(lib.VIRTIO_MMIO_INT_VRING)
         fault = self.queues[index].process()
-        return fault, self.interrupt.status, tuple(self.engine.counters()), self.image.asked
+        return fault, tuple(self.engine.counters()), self.image.asked
 
     def close(self) -> None:
         self.end()
@@ -200,9 +200,14 @@ class Twins:
         self._left -= chains
         one, other = self.sides
         self._copy_memory()
+        wish = self._streams[index].interrupt_wish()
         seen, also_seen = one.process(index), other.process(index)
         if seen != also_seen:
-            self._differ(f"(fault, InterruptStatus, counters, questions) {seen} and {also_seen}")
+            self._differ(f"(fault, counters, questions) {seen} and {also_seen}")
+        # In a batch that takes long, C looks in the middle too: who overwrites what it looks at may get either.
+        is_same_wish = wish == self._streams[index].interrupt_wish()
+        if is_same_wish and one.interrupt.status != other.interrupt.status:
+            self._differ(f"InterruptStatus {one.interrupt.status} and {other.interrupt.status}")
         self._compare_memory()
         if one.image.dump() != other.image.dump():
             self._differ("the disks")

@@ -82,6 +82,11 @@ class RequestStream:
         statuses = [self._statuses.pop(used.head, None) for used in self.ring.used()]
         return [self.ring.memory.read(gpa, 1)[0] for gpa in statuses if gpa is not None]
 
+    def interrupt_wish(self) -> object:
+        """Return what the driver area says of interrupts."""
+        ring = self.ring
+        return ring.driver_event if isinstance(ring, PackedRing) else (ring.avail_flags, ring.used_event)
+
     def _pick(self, *values: int) -> int:
         return values[int(self.rng.random() * len(values))]
 

@@ -313,3 +313,10 @@ def test_descriptor_event_is_met_by_the_slot_that_it_names():
         assert [interrupts(rig, n) for n in (1, 1, 4)] == [False, True, False]
         rig.queue.ring.driver_event = EventSuppression(SIZE | WRAP, flags)
         assert interrupts(rig, 1)
+
+
+def test_slots_inside_a_chain_count():
+    """Passing the slot is what counts, be it in the middle of a chain."""
+    with make_rig(PACKED | EVENT_IDX) as rig:
+        rig.queue.ring.driver_event = EventSuppression(1 | WRAP, lib.VRING_PACKED_EVENT_FLAG_DESC)
+        assert interrupts(rig, 1, direct=True)
