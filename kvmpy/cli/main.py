@@ -18,6 +18,8 @@ COMMANDS = {
     "inspect": ("kvmpy.cli.inspect", "say what an image is, how it would boot, and why it would not"),
     "lessons": ("kvmpy.cli.lessons", "list the lesson guests, or show one"),
     "doctor": ("kvmpy.cli.doctor", "say whether KVM works here, and how"),
+    "blob": ("kvmpy.cli.blob", "make, look at, copy and convert disks"),
+    "conformance": ("kvmpy.cli.conformance", "let hostile drivers at the disks, and judge what comes of it"),
 }
 """Each command: its module and what it does."""
 
@@ -74,7 +76,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:9} {summary}" for name, (_, summary) in COMMANDS.items())
+    commands = "\n".join(f"  {name:11}  {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: kvmpy COMMAND ...\n\n"
         f"A hypervisor controller on Linux KVM.\n\ncommands:\n{commands}\n\n"
