@@ -1,13 +1,15 @@
 """Signals that end a run in good order: the vCPUs leave the guest, results are written, the terminal is restored."""
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from kvmpy.pc.loop import EventLoop
+if TYPE_CHECKING:
+    from kvmpy.pc.loop import EventLoop
 
 IMPATIENCE = 1.0  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -16,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 class Interruption:
     """Catches SIGNALS while its block is entered. ``received`` is the number of the last that came, or 0.
 
-    Before `attach`, and when one comes IMPATIENCE after the first, a signal raises KeyboardInterrupt where the main
+    Before `hold_back`, and when one comes IMPATIENCE after the first, a signal raises KeyboardInterrupt where the main
     thread is. (Sooner it is the same wish twice: timeout(1) signals a process, and then its group.) Otherwise it is
     passed on through a pipe, for two reasons. A handler runs between any two steps of the main thread,
     which may hold just the locks that ending a run takes. And a signal that comes when the main thread is about to
@@ -27,11 +29,15 @@ class Interruption:
         self.received = 0
         self._first_at = 0.0
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._attached = False
+        self._held_back = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def attach(self, loop: EventLoop, stop: Callable[[], object]) -> None:
-        """Call ``stop`` from ``loop`` after a signal; from now on a first signal interrupts nothing."""
+    def hold_back(self) -> None:
+        """From now on a first signal interrupts nothing: whoever works looks at ``received`` where it may stop."""
+        self._held_back = True
+
+    def attach(self, loop: "EventLoop", stop: Callable[[], object]) -> None:
+        """Call ``stop`` from ``loop`` after a signal, which is held back."""
 
         def wake() -> None:
             os.read(self._read_fd, 64)
@@ -39,14 +45,18 @@ class Interruption:
                 stop()
 
         loop.watch(self._read_fd, wake)
-        self._attached = True
+        self.hold_back()
+
+    def wait(self, seconds: float | None) -> None:
+        """Sleep for ``seconds``, or for ever; a signal ends that, also one that comes just before."""
+        select.select([self._read_fd], [], [], seconds)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.received:
             self._first_at = now
         self.received = signum
-        if not self._attached or now - self._first_at > IMPATIENCE:
+        if not self._held_back or now - self._first_at > IMPATIENCE:
             raise KeyboardInterrupt
 
     def __enter__(self) -> Self:

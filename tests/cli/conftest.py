@@ -11,6 +11,8 @@ import pytest
 from command_line import DEADLINE, Terminal, environment
 from guest_code import assemble
 
+from kvmpy.cli.main import main
+
 
 @pytest.fixture
 def image(tmp_path: Path) -> Callable[..., str]:
@@ -35,6 +37,21 @@ def kvmpy(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
         options.setdefault("env", environment())
         command = [sys.executable, "-m", "kvmpy", *arguments]
         return subprocess.run(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True, timeout=DEADLINE, **options)
+
+    return run
+
+
+@pytest.fixture
+def blob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Return a function that runs ``kvmpy blob`` with some arguments in this process, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        capfd.readouterr()
+        status = main(["blob", *arguments])
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
 
     return run
 

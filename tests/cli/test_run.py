@@ -335,3 +335,4 @@ def test_a_run_loads_only_what_it_needs(hello: str) -> None:
     unwanted |= {"kvmpy.lessons", "kvmpy.cli.report", "kvmpy.cli.trace", "kvmpy.cli.monitor", "kvmpy.pc.core_dump"}
     assert "kvmpy.pc.pc" in loaded
     assert not loaded & unwanted
+    assert [name for name in loaded if "virtio" in name or "storage" in name or name.startswith("kvmpy.pc.disk")] == []
