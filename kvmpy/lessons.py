@@ -17,7 +17,7 @@ IMAGES = PACKAGE.parent / "build" / "guests"
 
 FIELDS = ("Teaches", "Mode", "Memory", "Exits", "Prints", "Exercise")
 """What every header has. Exits and Prints may stand on several lines."""
-OPTIONAL_FIELDS = ("Run", "Input", "Status")
+OPTIONAL_FIELDS = ("Run", "Disk", "Input", "Status")
 REPEATABLE_FIELDS = ("Exits", "Prints")
 
 STOP_REQUEST = "(stop request)"
@@ -34,7 +34,8 @@ class Lesson:
 
     ``run`` has the options of ``kvmpy run`` that it needs beyond what ``mode`` implies (`options` has all).
     ``exits`` has the lines of that field; ``prints`` the exact text; ``input`` what is typed at COM1, or STOP_REQUEST.
-    ``status`` is the exit status. ``image`` may not be built yet.
+    ``disk`` is the size of the blank disk that it needs, as a person types it, or empty. ``status`` is the exit status.
+    ``image`` may not be built yet.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Lesson:
     teaches: str
     mode: str
     run: tuple[str, ...]
+    disk: str
     memory: str
     input: str
     exits: tuple[str, ...]
@@ -106,6 +108,7 @@ def parse(text: str, *, source: Path) -> Lesson:
         teaches=single["Teaches"],
         mode=single["Mode"],
         run=tuple(single.get("Run", "").split()),
+        disk=single.get("Disk", ""),
         memory=single["Memory"],
         input=_unescape(single.get("Input", "")),
         exits=tuple(fields["Exits"]),

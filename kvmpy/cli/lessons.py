@@ -46,6 +46,8 @@ def header(lesson: Lesson) -> str:
 def command(lesson: Lesson) -> str:
     """Return the command that runs the lesson, with its input where it has one."""
     run = f"kvmpy run lesson:{lesson.name}"
+    if lesson.disk:
+        return f"kvmpy blob create disk.blob --size {lesson.disk}\n  {run} --disk disk.blob"
     if not lesson.input or lesson.input == STOP_REQUEST:
         return run
     typed = "".join(c if c.isprintable() and c not in "\\'%" else f"\\{ord(c):03o}" for c in lesson.input)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from lesson_exits import described, differences, patterns
@@ -18,6 +19,7 @@ from kvmpy.lessons import STOP_REQUEST, Lesson
 from kvmpy.machine.boot.inspection import inspect
 from kvmpy.machine.boot.plan import BootOptions, CpuMode
 from kvmpy.pc import MachineSpec, Pc
+from kvmpy.units import parse_size
 
 GUESTS = Path(__file__).resolve().parents[2] / "guests"
 LESSONS = {lesson.name: lesson for lesson in lessons.lessons()}
@@ -47,16 +49,24 @@ class Outcome:
     exits: dict[int, list[str]] = field(default_factory=dict)
 
 
-def options_of(lesson: Lesson) -> Namespace:
-    """Read the options that the lesson gives to ``kvmpy run``, as that command does."""
+def options_of(lesson: Lesson, disk: Path) -> Namespace:
+    """Read the options that the lesson gives to ``kvmpy run``, as that command does; a blank disk where it asks."""
     parser = Parser(prog="kvmpy run", description="")
     configure(parser)
-    return parser.parse_args([*lesson.options, str(lesson.image)])
+    disks = []
+    if lesson.disk:
+        disk.write_bytes(bytes(parse_size(lesson.disk)))
+        disks = ["--disk", f"{disk},format=raw"]
+    return parser.parse_args([*lesson.options, *disks, str(lesson.image)])
 
 
 def run(lesson: Lesson, *, traced: bool) -> Outcome:
     """Run the lesson: each exit brought to Python and written down, or on the fast path."""
-    options = options_of(lesson)
+    with TemporaryDirectory() as folder:
+        return _run(lesson, options_of(lesson, Path(folder) / "disk"), traced)
+
+
+def _run(lesson: Lesson, options: Namespace, traced: bool) -> Outcome:
     seen: dict[int, list[str]] = {}
 
     def trace(vcpu: Vcpu, exit: Exit) -> None:
