@@ -6,7 +6,16 @@ Names are loaded when they are first used, so that a command pays only for what 
 
 from typing import TYPE_CHECKING
 
-from kvmpy.errors import GuestError, GuestMemoryError, ImageError, KvmError, KvmpyError, KvmUnavailable, UnhandledExit
+from kvmpy.errors import (
+    DiskError,
+    GuestError,
+    GuestMemoryError,
+    ImageError,
+    KvmError,
+    KvmpyError,
+    KvmUnavailable,
+    UnhandledExit,
+)
 from kvmpy.units import GiB, KiB, MiB
 
 if TYPE_CHECKING:
@@ -14,6 +23,7 @@ if TYPE_CHECKING:
     from kvmpy.machine.memory import GuestMemory
     from kvmpy.machine.x86 import long_mode, protected_mode, real_mode
     from kvmpy.pc import MachineSpec, Pc, RunResult
+    from kvmpy.pc.disk import Disk
 
 __version__ = "0.1.0"
 
@@ -22,9 +32,12 @@ _HOMES = {
     "kvmpy.machine.memory": ("GuestMemory",),
     "kvmpy.machine.x86": ("long_mode", "protected_mode", "real_mode"),
     "kvmpy.pc": ("MachineSpec", "Pc", "RunResult"),
+    "kvmpy.pc.disk": ("Disk",),
 }
 
 __all__ = [
+    "Disk",
+    "DiskError",
     "GiB",
     "GuestError",
     "GuestMemory",

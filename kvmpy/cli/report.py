@@ -1,7 +1,7 @@
 """What is said of a run: lines for ``-v``, tables for ``--stats`` and fields for ``--json``."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmpy.cli.messages import one_line
 from kvmpy.errors import KvmError
@@ -10,6 +10,10 @@ from kvmpy.machine.boot.image import ImageFile
 from kvmpy.pc import MachineSpec, Pc, RunResult
 from kvmpy.pc.dedicated import describe_exits
 from kvmpy.units import format_size
+
+if TYPE_CHECKING:
+    from kvmpy.devices.block import BlockCounters
+    from kvmpy.pc.disks import AttachedDisk
 
 
 def stats_text(pc: Pc, result: RunResult) -> str:
@@ -23,11 +27,32 @@ def stats_text(pc: Pc, result: RunResult) -> str:
         if use.reads or use.writes:
             lines.append(f"  {use.name:<10} {span(use.base, use.size):<12} {use.reads:>12} {use.writes:>12}")
     lines.append(f"  {'nobody':<10} {'':<12} {result.unmapped_reads:>12} {result.unmapped_writes:>12}")
+    lines += disk_lines(result)
     lines += ["", "time in seconds", f"  {'wall':<23} {result.seconds:>12.6f}"]
     vcpus = "" if pc.spec.cores == 1 else f" ({pc.spec.cores} vCPUs)"
     lines.append(f"  {'in the guest' + vcpus:<23} {result.seconds_in_guest:>12.6f}")
     lines.append(f"  {'out of it' + vcpus:<23} {seconds_out(pc, result):>12.6f}")
     return "\n".join(lines) + "\n"
+
+
+def disk_lines(result: RunResult) -> list[str]:
+    """Return a table of what the guest did with each disk; nothing where there is none."""
+    if not result.disks:
+        return []
+    head = f"  {'disk':<10} {'requests':>12} {'bytes read':>14} {'bytes written':>14} {'flushes':>10} {'errors':>8}"
+    lines = ["", head]
+    for use in result.disks:
+        done, name = use.counters, one_line(os.path.basename(use.path))
+        lines.append(
+            f"  {name:<10} {requests(done):>12} {done.bytes_read:>14} {done.bytes_written:>14} "
+            f"{done.flushes:>10} {done.errors:>8}"
+        )
+    return lines
+
+
+def requests(counters: "BlockCounters") -> int:
+    """Return how many requests were completed, of all kinds."""
+    return counters.reads + counters.writes + counters.flushes + counters.others
 
 
 def span(base: int, size: int) -> str:
@@ -61,6 +86,9 @@ def as_dict(pc: Pc, result: RunResult) -> dict[str, Any]:
             {"name": use.name, "base": use.base, "size": use.size, "reads": use.reads, "writes": use.writes}
             for use in result.ranges
         ],
+        "disks": [
+            {"path": use.path, "requests": requests(use.counters), **use.counters._asdict()} for use in result.disks
+        ],
         "unmapped": {"reads": result.unmapped_reads, "writes": result.unmapped_writes},
         "seconds": result.seconds,
         "seconds_in_guest": result.seconds_in_guest,
@@ -87,11 +115,20 @@ def loaded_text(pc: Pc) -> str:
     host_cpus = pc.dedication.vcpu_cpus if pc.dedication else spec.pin
     pinned = "".join(f", vCPU {vcpu_id} on host CPU {cpu}" for vcpu_id, cpu in enumerate(host_cpus))
     lines.append(f"vCPUs: {spec.cores}{pinned}")
+    lines += [disk_line(disk) for disk in pc.disks]
     if pc.dedication:
         others = ", ".join(map(str, sorted(pc.dedication.host_cpus)))
         exits = describe_exits(pc.dedication.disable_exits)
         lines.append(f"dedicated: memory locked, other threads on host CPU {others}, exits disabled: {exits}")
     return "".join(f"kvmpy: {one_line(line)}\n" for line in lines)
+
+
+def disk_line(disk: "AttachedDisk") -> str:
+    """Return what a disk is and where the guest finds it, in one line."""
+    spec = disk.spec
+    image = f"{format_size(disk.size)}, {'read-only' if disk.readonly else spec.cache}, {spec.engine} engine"
+    queues = f"{spec.queues} queue{'s' if spec.queues > 1 else ''}"
+    return f"disk {disk.path}: {image}, {queues}, at 0x{disk.window.gpa:x}, GSI {disk.window.gsi}"
 
 
 def boot_title(spec: MachineSpec) -> str:

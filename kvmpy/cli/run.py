@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from kvmpy._shim import lib
 from kvmpy.cli import parser as types
@@ -12,11 +13,18 @@ from kvmpy.errors import ImageError
 from kvmpy.machine.boot.detect import PROTOCOLS
 from kvmpy.machine.boot.plan import BootOptions, CpuMode, Module
 from kvmpy.machine.bus import Mode
-from kvmpy.pc import DebugExit, MachineSpec
+from kvmpy.pc import Announcement, DebugExit, MachineSpec
 from kvmpy.pc.spec import DEVICES
 from kvmpy.units import MiB
 
+if TYPE_CHECKING:
+    from kvmpy.pc.disk import Disk
+
 LESSON = "lesson:"
+DISK_HELP = (
+    "a virtio-blk device; may be repeated. Keys: format=raw|vhd|blob, readonly, "
+    "cache=writeback|writethrough|direct, queues=N, iops=N, bps=SIZE, serial=TEXT, engine=c|python; ,, is a comma"
+)
 
 
 def configure(parser: Parser) -> None:
@@ -39,6 +47,15 @@ def configure(parser: Parser) -> None:
         action="append",
         default=[],
         help=f"who answers a device, and whether each access is shown: c, python or trace; {', '.join(DEVICES)}",
+    )
+    disks = parser.add_argument_group("disks")
+    add = disks.add_argument
+    add("--disk", metavar="PATH[,KEY=VALUE]", type=disk, action="append", default=[], help=DISK_HELP)
+    add(
+        "--virtio",
+        choices=[str(way) for way in Announcement],
+        default="cmdline",
+        help="how Linux learns of them (cmdline)",
     )
     boot = parser.add_argument_group("booting")
     add = boot.add_argument
@@ -84,6 +101,14 @@ def module(text: str) -> Module:
 
 
 @types.reads
+def disk(text: str) -> "Disk":
+    """Read PATH[,KEY=VALUE]..."""
+    from kvmpy.cli.disk_option import parse_disk
+
+    return parse_disk(text)
+
+
+@types.reads
 def device_mode(text: str) -> tuple[str, Mode]:
     """Read NAME=c|python|trace."""
     name, _, mode = text.partition("=")
@@ -116,6 +141,9 @@ def with_lesson(arguments: Namespace) -> Namespace:
     defaults = arguments.parser.parse_args([*lesson.options, arguments.file])
     chosen: Namespace = arguments.parser.parse_args(arguments.argv, namespace=defaults)
     chosen.file = str(lesson.image)
+    if lesson.disk and not chosen.disk:
+        example = f"kvmpy blob create disk.blob --size {lesson.disk}"
+        raise UsageError(f"lesson {lesson.name} needs a disk: {example}, then --disk disk.blob", "kvmpy run")
     return chosen
 
 
@@ -136,6 +164,8 @@ def spec_of(arguments: Namespace) -> MachineSpec:
         ),
         name=default_name(arguments.file) if arguments.name is None else arguments.name,
         parameters=dict(arguments.param),
+        disks=arguments.disk,
+        virtio=Announcement(arguments.virtio),
         hugepages=arguments.hugepages,
         dedicated=arguments.dedicated,
         pin=arguments.pin,

@@ -3,7 +3,7 @@ r"""Minimal ACPI: what a kernel needs to find the cores, the interrupts, the ser
 ::
 
     RSDP -+-> RSDT -+-> FADT -+-> FACS
-          +-> XSDT -+         +-> DSDT    \_S5, \_SB.COM1
+          +-> XSDT -+         +-> DSDT    \_S5, \_SB.COM1, and \_SB.VI00 ... where virtio devices are told here
                     +-> MADT
 
 All lie from layout.ACPI_TABLES, the RSDP first, where both a scan of 0xe0000-0xfffff and a boot protocol's pointer
@@ -13,10 +13,11 @@ Source: ACPI 6.5 §5.2. Floor: machine.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvmpy._shim import lib
 from kvmpy.machine import aml, layout
+from kvmpy.machine.layout import VirtioWindow
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.machine.mptable import PIT_PIN, ioapic_id, with_checksum
 
@@ -51,16 +52,18 @@ ALL_PROCESSORS, ALL_X2APIC_PROCESSORS = 0xFF, 0xFFFF_FFFF
 NMI_LINT = 1
 
 
-def write(memory: GuestMemory, cores: int) -> None:
+def write(memory: GuestMemory, cores: int, virtio: Sequence[VirtioWindow] = ()) -> None:
     """Put the tables of a machine with ``cores`` vCPUs into ``memory``; the RSDP is at layout.ACPI_TABLES.
+
+    ``virtio``: the virtio-mmio devices that the DSDT shall announce.
 
     Raises:
         ValueError: ``cores`` is less than 1, or more than the tables' room holds.
     """
-    memory.write(layout.ACPI_TABLES, build(cores))
+    memory.write(layout.ACPI_TABLES, build(cores, virtio))
 
 
-def build(cores: int) -> bytes:
+def build(cores: int, virtio: Sequence[VirtioWindow] = ()) -> bytes:
     """Return all tables as they lie from layout.ACPI_TABLES.
 
     Raises:
@@ -70,7 +73,7 @@ def build(cores: int) -> bytes:
         raise ValueError(f"{cores} cores: allowed is 1 and more")
     tables = bytearray(RSDP_SIZE)
     facs_gpa = _place(tables, facs(), alignment=64)
-    dsdt_gpa = _place(tables, dsdt())
+    dsdt_gpa = _place(tables, dsdt(virtio))
     listed = [_place(tables, fadt(facs_gpa, dsdt_gpa)), _place(tables, madt(cores))]
     rsdt = _place(tables, system_table(b"RSDT", 1, struct.pack(f"<{len(listed)}I", *listed)))
     xsdt = _place(tables, system_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
@@ -156,8 +159,8 @@ def _madt_entries(cores: int) -> Iterator[bytes]:
         yield struct.pack("<BBHIB3x", LOCAL_X2APIC_NMI, 12, AS_THE_BUS, ALL_X2APIC_PROCESSORS, NMI_LINT)
 
 
-def dsdt() -> bytes:
-    r"""Return the DSDT: COM1, and \_S5, the number that powers off when written to PM1a control.
+def dsdt(virtio: Sequence[VirtioWindow] = ()) -> bytes:
+    r"""Return the DSDT: COM1, virtio devices, and \_S5, the number that powers off when written to PM1a control.
 
     Source: ACPI 6.5 §7.4.2 (_Sx: SLP_TYP of PM1a, of PM1b, two reserved), §4.8.3.2.1.
     """
@@ -168,6 +171,25 @@ def dsdt() -> bytes:
         aml.name("_UID", aml.integer(1)),
         aml.name("_CRS", resources),
     )
+    devices = [virtio_device(i, window) for i, window in enumerate(virtio)]
     soft_off = aml.package(aml.integer(lib.KVMPY_ACPI_S5), aml.integer(0), aml.integer(0), aml.integer(0))
     # Revision 2: integers are of 64 bits (§5.2.11.1).
-    return system_table(b"DSDT", 2, aml.scope("\\_SB", com1) + aml.name("\\_S5", soft_off))
+    return system_table(b"DSDT", 2, aml.scope("\\_SB", com1, *devices) + aml.name("\\_S5", soft_off))
+
+
+def virtio_device(index: int, window: VirtioWindow) -> bytes:
+    """Return the device of one virtio-mmio window; _CCA says that its DMA is coherent, as all of x86 is.
+
+    Source: ACPI 6.5 §6.2.17 (_CCA). LNRO0005 is the _HID by which Linux knows virtio-mmio.
+    """
+    resources = aml.resource_template(
+        aml.memory32_fixed(window.gpa, layout.VIRTIO_MMIO_SIZE),
+        aml.interrupt(window.gsi),
+    )
+    return aml.device(
+        f"VI{index:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(index)),
+        aml.name("_CCA", aml.integer(1)),
+        aml.name("_CRS", resources),
+    )

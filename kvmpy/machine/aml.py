@@ -12,7 +12,7 @@ import struct
 # Opcodes (ACPI 6.5 §20.3)
 ZERO, ONE = b"\x00", b"\x01"
 NAME = b"\x08"
-BYTE, WORD, DWORD, QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0e"
+BYTE, WORD, DWORD, STRING, QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 SCOPE = b"\x10"
 BUFFER = b"\x11"
 PACKAGE = b"\x12"
@@ -20,6 +20,9 @@ DEVICE = b"\x5b\x82"
 ROOT = b"\\"
 
 MAX_PACKAGE_LENGTH = 1 << 28
+
+# Extended interrupt descriptor, vector flags (ACPI 6.5 §6.4.3.6, table 6.56). Clear: active high, exclusive.
+CONSUMER, EDGE_TRIGGERED = 1 << 0, 1 << 1
 
 
 def package_length(size: int) -> bytes:
@@ -65,6 +68,11 @@ def integer(value: int) -> bytes:
         if value < 1 << 8 * size:
             return opcode + value.to_bytes(size, "little")
     return QWORD + value.to_bytes(8, "little")
+
+
+def string(text: str) -> bytes:
+    """Return a string of ASCII without NUL. Source: ACPI 6.5 §20.2.3."""
+    return STRING + text.encode("ascii") + b"\0"
 
 
 def name(path: str, value: bytes) -> bytes:
@@ -115,3 +123,14 @@ def io_ports(base: int, size: int) -> bytes:
 def irq(number: int) -> bytes:
     """Return the descriptor of ISA IRQ ``number``, 0 to 15, edge triggered, active high. Source: ACPI 6.5 §6.4.2.1."""
     return struct.pack("<BH", 0x22, 1 << number)
+
+
+def memory32_fixed(base: int, size: int) -> bytes:
+    """Return the descriptor of ``size`` bytes of registers at ``base``, below 4 GiB. Source: ACPI 6.5 §6.4.3.4."""
+    writable = 1
+    return struct.pack("<BHBII", 0x86, 9, writable, base, size)
+
+
+def interrupt(gsi: int) -> bytes:
+    """Return the descriptor of one GSI, edge triggered, active high, not shared. Source: ACPI 6.5 §6.4.3.6."""
+    return struct.pack("<BHBBI", 0x89, 6, CONSUMER | EDGE_TRIGGERED, 1, gsi)

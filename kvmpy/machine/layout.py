@@ -20,6 +20,7 @@
     0x0010_0000  +-------------------------------+  1 MiB
                  | RAM                           |  kernels load here; modules and initrd at its top
     0xc000_0000  +-------------------------------+  3 GiB: the hole, present on every machine
+                 | 0xd0000000 virtio-mmio        |  16 windows of 4 KiB
                  | 0xfec00000 IOAPIC             |
                  | 0xfee00000 local APICs        |
                  | 0xfffbc000 KVM's own pages    |  identity map (1) and TSS (3)
@@ -27,9 +28,12 @@
                  | the rest of RAM               |
                  +-------------------------------+
 
-Addresses that guests know by name (the parameter page, the ports) are in ``guests/abi.h``; a test holds the two
-together. Not here: who writes what is drawn.
+Addresses that guests know by name (the parameter page, the windows, the ports) are in ``guests/abi.h``; a test holds
+the two together. Not here: who writes what is drawn.
 """
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from kvmpy.units import PAGE_SIZE, GiB, KiB, MiB
 
@@ -56,6 +60,12 @@ MP_TABLE_SIZE = 0x1_0000
 HIGH_MEMORY = 1 * MiB
 HOLE = 3 * GiB
 HOLE_END = 4 * GiB
+
+VIRTIO_MMIO = 0xD000_0000
+VIRTIO_MMIO_SIZE = 0x1000
+VIRTIO_GSIS = (5, 6, 7, 11, 12, 14, 15, 3, *range(16, 24))
+"""The GSI of each virtio-mmio window. First the ISA interrupts that the board leaves free, which a guest hears through
+the PICs too; then the pins that only the I/O APIC has. Edge triggered: no two devices share one."""
 
 IOAPIC = 0xFEC0_0000
 LOCAL_APIC = 0xFEE0_0000
@@ -86,3 +96,31 @@ def memory_map(size: int) -> list[tuple[int, int, int]]:
         (IDENTITY_MAP, HOLE_END - IDENTITY_MAP, RESERVED),
         *((gpa, length, RAM) for gpa, length in high),
     ]
+
+
+class VirtioWindow(NamedTuple):
+    """Where a guest finds a virtio-mmio device: VIRTIO_MMIO_SIZE bytes of registers at ``gpa``, and its interrupt."""
+
+    gpa: int
+    gsi: int
+
+
+def virtio_windows(count: int) -> tuple[VirtioWindow, ...]:
+    """Return the places of ``count`` virtio-mmio devices.
+
+    Raises:
+        ValueError: there are fewer interrupt pins.
+    """
+    if count > len(VIRTIO_GSIS):
+        allowed = f"up to {len(VIRTIO_GSIS)}, one for each free interrupt pin"
+        raise ValueError(f"{count} virtio devices (disks): allowed is {allowed}")
+    return tuple(VirtioWindow(VIRTIO_MMIO + i * VIRTIO_MMIO_SIZE, gsi) for i, gsi in enumerate(VIRTIO_GSIS[:count]))
+
+
+def virtio_cmdline(windows: Iterable[VirtioWindow]) -> tuple[str, ...]:
+    """Return the words that tell Linux of virtio-mmio devices on its command line.
+
+    Source: Linux Documentation/admin-guide/kernel-parameters.txt, virtio_mmio.device.
+    """
+    size = f"{VIRTIO_MMIO_SIZE // KiB}K"
+    return tuple(f"virtio_mmio.device={size}@0x{window.gpa:x}:{window.gsi}" for window in windows)

@@ -7,7 +7,7 @@
                  processors, 20 bytes each     APIC id = vcpu_id, number 0 boots
                  bus 0                         ISA
                  I/O APIC                      24 pins, of which ISA uses 16
-                 interrupt sources             ISA IRQ i -> pin i; IRQ 0 (the PIT) -> pin 2; IRQ 2 is the PIC's cascade
+                 interrupt sources             IRQ i -> pin i; IRQ 0 (the PIT) -> pin 2; IRQ 2 is the PIC's cascade
                  local interrupts              LINT0 ExtINT (the PIC), LINT1 NMI
 
 An APIC id has 8 bits here, and the I/O APIC takes one of them: of a machine with more than 254 vCPUs the table lists
@@ -37,7 +37,9 @@ ENABLED, BOOTSTRAP = 1, 2
 INT, NMI, SMI, EXTINT = range(4)
 
 ISA_BUS = 0
-ISA_IRQS = 16
+IRQS = 24
+"""Listed as sources of the ISA bus, one for each pin of the I/O APIC. ISA has 16; the others are virtio devices, which
+are wired like it, and a kernel without ACPI learns of their pins from here alone."""
 PIT_PIN = 2
 """The I/O APIC pin of ISA IRQ 0, as on every PC; the board routes GSI 0 there."""
 CASCADE_IRQ = 2
@@ -100,7 +102,7 @@ def _entries(cores: int) -> Iterator[bytes]:
         yield struct.pack("<BBBBII8x", PROCESSOR, apic_id, LOCAL_APIC_VERSION, flags, FAMILY_6, FPU_AND_APIC)
     yield struct.pack("<BB6s", BUS, ISA_BUS, b"ISA   ")
     yield struct.pack("<BBBBI", IOAPIC, ioapic_id(cores), IOAPIC_VERSION, ENABLED, layout.IOAPIC)
-    for irq in range(ISA_IRQS):
+    for irq in range(IRQS):
         if irq != CASCADE_IRQ:
             yield _interrupt(INTERRUPT_SOURCE, INT, irq, ioapic_id(cores), PIT_PIN if irq == 0 else irq)
     yield _interrupt(LOCAL_INTERRUPT, EXTINT, 0, 0, 0)
@@ -108,7 +110,7 @@ def _entries(cores: int) -> Iterator[bytes]:
 
 
 def _interrupt(entry: int, interrupt: int, irq: int, apic_id: int, pin: int) -> bytes:
-    """Return a wire from ISA ``irq`` to ``pin`` of an I/O APIC or a local APIC. Source: MP 1.4 §4.3.4, §4.3.5."""
+    """Return a wire from ``irq`` to ``pin`` of an I/O APIC or a local APIC. Source: MP 1.4 §4.3.4, §4.3.5."""
     return struct.pack("<BBHBBBB", entry, interrupt, AS_THE_BUS, ISA_BUS, irq, apic_id, pin)
 
 

@@ -8,10 +8,11 @@ Source: guests/abi.h, "The parameter page"; RFC 4122 §4.4 (random ids). Floor: 
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kvmpy._shim import lib
 from kvmpy.machine import layout
+from kvmpy.machine.layout import VirtioWindow
 from kvmpy.machine.memory import GuestMemory
 
 ID_SIZE = 16
@@ -35,17 +36,19 @@ class Parameters:
         self.pairs = dict(pairs or {})
 
 
-def write(memory: GuestMemory, cores: int, parameters: Parameters) -> None:
+def write(memory: GuestMemory, cores: int, parameters: Parameters, virtio: Sequence[VirtioWindow] = ()) -> None:
     """Fill the page in ``memory``; all of it, so that nothing of an earlier run stays.
+
+    ``virtio``: the virtio-mmio devices of the machine, in the order of `layout.virtio_windows`.
 
     Raises:
         ValueError: the name, the id or a pair is not what `Parameters` allows, or the pairs do not fit; then nothing
             was written.
     """
-    memory.write(layout.PARAMETER_PAGE, build(memory.size, cores, parameters))
+    memory.write(layout.PARAMETER_PAGE, build(memory.size, cores, parameters, virtio))
 
 
-def build(memory_size: int, cores: int, parameters: Parameters) -> bytes:
+def build(memory_size: int, cores: int, parameters: Parameters, virtio: Sequence[VirtioWindow] = ()) -> bytes:
     """Return the page of a machine with ``memory_size`` bytes of RAM.
 
     Raises:
@@ -56,6 +59,7 @@ def build(memory_size: int, cores: int, parameters: Parameters) -> bytes:
     name, pairs = encode_name(parameters.name), encode_pairs(parameters.pairs)
     (_, low), *rest = layout.ram_ranges(memory_size)
     high = sum(size for _, size in rest)
+    gsis = bytes(window.gsi for window in virtio)
     page = bytearray(lib.KVMPY_PARAMS_SIZE)
     for offset, layout_of_field, value in (
         (lib.KVMPY_PARAMS_OFF_MAGIC, "<Q", lib.KVMPY_PARAMS_MAGIC),
@@ -68,6 +72,8 @@ def build(memory_size: int, cores: int, parameters: Parameters) -> bytes:
         (lib.KVMPY_PARAMS_OFF_STOP_GSI, "<I", lib.KVMPY_STOP_GSI),
         (lib.KVMPY_PARAMS_OFF_REQUEST, "<I", lib.KVMPY_REQUEST_NONE),
         (lib.KVMPY_PARAMS_OFF_PAIRS_LEN, "<I", len(pairs)),
+        (lib.KVMPY_PARAMS_OFF_VIRTIO_COUNT, "<I", len(virtio)),
+        (lib.KVMPY_PARAMS_OFF_VIRTIO_GSI, f"{lib.KVMPY_VIRTIO_MMIO_MAX}s", gsis),
         (lib.KVMPY_PARAMS_OFF_PAIRS, f"{PAIRS_ROOM}s", pairs),
     ):
         struct.pack_into(layout_of_field, page, offset, value)

@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
 
 from kvmpy._shim import lib
 from kvmpy.devices import debug, power, reset
@@ -16,7 +17,7 @@ from kvmpy.devices.rtc import CMOS_PORT, CMOS_SIZE, Cmos
 from kvmpy.devices.serial import SERIAL_SIZE, Uart16550
 from kvmpy.errors import KvmError
 from kvmpy.kvm import Kvm, Vcpu
-from kvmpy.machine import acpi, mptable, params, x86
+from kvmpy.machine import acpi, layout, mptable, params, x86
 from kvmpy.machine.boot.detect import boot
 from kvmpy.machine.boot.plan import CpuMode, Entry
 from kvmpy.machine.bus import Device, InterruptLine, Mode
@@ -28,7 +29,10 @@ from kvmpy.pc.halt import HaltWatch
 from kvmpy.pc.loop import Deadline, EventLoop
 from kvmpy.pc.report import result_of
 from kvmpy.pc.result import RunResult
-from kvmpy.pc.spec import MachineSpec
+from kvmpy.pc.spec import Announcement, MachineSpec
+
+if TYPE_CHECKING:
+    from kvmpy.pc.disks import AttachedDisk
 
 LONGEST_WAIT = 3600.0  # seconds
 GATHER_MS = 1
@@ -39,10 +43,11 @@ class Pc:
 
     ``serial`` and ``debugcon`` get what the guest prints, as it prints it; the last MiB of each is kept anyway.
     ``tracer`` is called in the vCPU's thread after each exit that came to Python was handled: with
-    ``spec.trace_exits``, after each exit.
+    ``spec.trace_exits``, after each exit. ``disks`` are those of ``spec.disks``, in their order.
 
     Raises:
         KvmError, KvmUnavailable: the host refused.
+        DiskError: a disk cannot be opened, is damaged, or somebody else writes it.
         ImageError: the image or a module is not what it claims, or does not fit.
         ValueError: the spec asks for what this host cannot give.
     """
@@ -79,6 +84,7 @@ class Pc:
         self.serial_capture = Capture(self.loop, serial)
         self.debugcon_capture = Capture(self.loop, debugcon)
         self._closers += [self.serial_capture.close, self.debugcon_capture.close]
+        self.disks = self._open_disks()
         self.machine = Machine(
             self.kvm,
             self.memory,
@@ -97,6 +103,17 @@ class Pc:
         for thread in self.machine.threads:
             thread.call(self._configure)
 
+    def _open_disks(self) -> "tuple[AttachedDisk, ...]":
+        if not self.spec.disks:
+            return ()
+        from kvmpy.pc.disks import open_disks  # with virtio and storage, of which other PCs need nothing
+
+        host_cpus = self.dedication.host_cpus if self.dedication else os.sched_getaffinity(0)
+        disks = open_disks(self.spec, self.memory, host_cpus=host_cpus, on_error=self._on_worker_error)
+        # Closed behind the machine, when no vCPU can kick a queue, and before the memory that the queues work on.
+        self._closers += [disk.close for disk in disks]
+        return disks
+
     def _attach_devices(self) -> None:
         self.serial = Uart16550(self.serial_capture.output, self._interrupt(lib.KVMPY_IRQ_SERIAL))
         self.power = power.AcpiPm1(self._on_power_off, self._interrupt(lib.KVMPY_IRQ_ACPI))
@@ -112,6 +129,8 @@ class Pc:
         self._attach(reset.RESET_CONTROL_BASE, reset.RESET_CONTROL_SIZE, reset.ResetControl(on_reset), "reset")
         self._attach(lib.KVMPY_PORT_ACPI_EVENT, power.EVENT_SIZE, self.power.event, "acpi")
         self._attach(lib.KVMPY_PORT_ACPI_CONTROL, power.CONTROL_SIZE, self.power.control, "acpi")
+        for disk in self.disks:
+            disk.attach(self.machine, self.spec.device_modes.get("disk", Mode.C))
 
     def _attach(self, port: int, size: int, device: Device, name: str) -> None:
         self.machine.pio.attach(port, size, device, name=name, mode=self.spec.device_modes.get(name, Mode.C))
@@ -122,13 +141,15 @@ class Pc:
 
     def _load(self) -> Entry:
         """Write firmware tables, parameter page and image; return how the first vCPU starts."""
-        spec, memory = self.spec, self.memory
+        spec, memory, windows = self.spec, self.memory, self.spec.virtio_windows
+        by_acpi = spec.virtio is Announcement.ACPI
         mptable.write(memory, spec.cores)
-        acpi.write(memory, spec.cores)
+        acpi.write(memory, spec.cores, windows if by_acpi else ())
         identity = params.Parameters(spec.name, spec.id or params.random_id(), dict(spec.parameters))
-        params.write(memory, spec.cores, identity)
+        params.write(memory, spec.cores, identity, windows)
         self.parameter_page = params.ParameterPage(memory)
-        entry = boot(os.fspath(spec.boot), memory, spec.boot_options)
+        words = () if by_acpi else layout.virtio_cmdline(windows)
+        entry = boot(os.fspath(spec.boot), memory, spec.boot_options._replace(devices=words))
         x86.write_boot_tables(memory, long=entry.mode is CpuMode.LONG)
         return entry
 
@@ -189,6 +210,9 @@ class Pc:
             finally:
                 self.ended_at = time.monotonic()
                 self.machine.pause_ended()
+                if self.machine.end is not None:  # a Ctrl-C only pauses
+                    for disk in self.disks:
+                        disk.stop()
                 self.serial_capture.drain()
                 self.debugcon_capture.drain()
             end = self.machine.end
@@ -212,7 +236,10 @@ class Pc:
         self.machine.finish(End(reason))
 
     def pause(self) -> None:
-        """Take all vCPUs out of the guest; they are out on return. From any thread but a vCPU's."""
+        """Take all vCPUs out of the guest; they are out on return. From any thread but a vCPU's.
+
+        Requests that the guest made of its disks before are executed meanwhile; see `AttachedDisk.exclusive`.
+        """
         self.machine.pause()
 
     def resume(self) -> None:
@@ -227,6 +254,9 @@ class Pc:
 
     def _ended(self, end: End) -> None:
         self.loop.wake()
+
+    def _on_worker_error(self, error: BaseException) -> None:
+        self.machine.finish(End(EndReason.ERROR, error=error))
 
     def _on_exit(self, value: int) -> None:
         self.machine.finish(End(EndReason.EXIT_PORT, value=value))
@@ -243,14 +273,19 @@ class Pc:
         """Stop and free everything, from any thread; a `run` under way in another returns first. Idempotent.
 
         Not from a sink, device or tracer of its own, which are inside that run: they call `stop`.
+
+        Raises:
+            OSError, DiskError: what the guest wrote to a disk could not be made durable. All is closed even so.
         """
         self.stop()
         with self._running, self._close_lock:
             self._release()
 
     def _release(self) -> None:
-        while self._closers:
-            self._closers.pop()()
+        with ExitStack() as last_first:  # all of them, also when one raises
+            for close in self._closers:
+                last_first.callback(close)
+            self._closers.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from kvmpy.kvm import FailEntry, InternalError, Vcpu
 from kvmpy.kvm.state import GENERAL_REGISTERS
 from kvmpy.machine.bus import Bus
 from kvmpy.machine.machine import End, EndReason
-from kvmpy.pc.result import STATUS_OF, RangeUse, RunResult
+from kvmpy.pc.result import STATUS_OF, DiskUse, RangeUse, RunResult
 from kvmpy.pc.spec import DebugExit
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def result_of(pc: "Pc") -> RunResult:
         serial_bytes=pc.serial_capture.data,
         debugcon_bytes=pc.debugcon_capture.data,
         registers=registers,
+        disks=tuple(DiskUse(disk.path, disk.counters()) for disk in pc.disks),
     )
 
 

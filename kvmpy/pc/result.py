@@ -1,9 +1,12 @@
 """How a run ended: the typed result and the exit status that stands for it."""
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmpy.machine.machine import End, EndReason
+
+if TYPE_CHECKING:
+    from kvmpy.devices.block import BlockCounters
 
 
 class ExitStatus(IntEnum):
@@ -46,6 +49,13 @@ class RangeUse(NamedTuple):
     writes: int
 
 
+class DiskUse(NamedTuple):
+    """What the guest did with the disk at ``path``: requests and bytes, since the PC was made."""
+
+    path: str
+    counters: "BlockCounters"
+
+
 class RunResult(NamedTuple):
     """What came of a run.
 
@@ -68,6 +78,7 @@ class RunResult(NamedTuple):
     debugcon_bytes: bytes
     registers: dict[int, dict[str, int]]
     """The general registers of each vCPU at the end, by vcpu_id."""
+    disks: tuple[DiskUse, ...] = ()
 
     @property
     def reason(self) -> EndReason:

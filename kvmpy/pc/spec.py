@@ -4,13 +4,17 @@ import os
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvmpy.machine import layout
 from kvmpy.machine.boot.plan import BootOptions
 from kvmpy.machine.bus import Mode
 from kvmpy.units import PAGE_SIZE, MiB, format_size
 
-DEVICES = ("serial", "debugcon", "exit", "cmos", "keyboard", "port92", "reset", "acpi")
+if TYPE_CHECKING:
+    from kvmpy.pc.disk import Disk
+
+DEVICES = ("serial", "debugcon", "exit", "cmos", "keyboard", "port92", "reset", "acpi", "disk")
 """The names under which the devices of a PC stand in traces, counts and ``device_modes``."""
 
 NO_OPTIONS = BootOptions()
@@ -26,11 +30,21 @@ class DebugExit(StrEnum):
     """(v << 1) | 1, as QEMU's isa-debug-exit"""
 
 
+class Announcement(StrEnum):
+    """How Linux learns of virtio-mmio devices: by one, never by both. The parameter page names them in any case."""
+
+    CMDLINE = "cmdline"
+    """``virtio_mmio.device=`` for each, behind what the user says"""
+    ACPI = "acpi"
+    """a device of the DSDT for each"""
+
+
 class MachineSpec:
     """A PC with ``cores`` vCPUs and ``memory`` bytes of RAM that boots the file ``boot``.
 
     ``boot_options``: format, command line, modules and the rest of what a boot protocol takes.
     ``name``, ``id`` (16 bytes; random when None) and ``parameters`` go to the guest's parameter page.
+    ``disks`` are virtio-blk devices, up to 16; ``virtio`` says how Linux learns of them.
     ``pin`` gives each vCPU its host CPU. ``dedicated`` is the type-1 style of `kvmpy.pc.dedicated`.
     ``device_modes`` turns a device (see DEVICES) to Python or to traced. ``trace_exits`` brings every exit to Python.
     ``measure_time`` accounts the time inside KVM_RUN. ``max_exits`` is a budget for each vCPU.
@@ -51,6 +65,8 @@ class MachineSpec:
         name: str = "kvmpy",
         id: bytes | None = None,
         parameters: Mapping[str, str] = NOTHING,
+        disks: Sequence["Disk"] = (),
+        virtio: Announcement = Announcement.CMDLINE,
         hugepages: bool = False,
         dedicated: bool = False,
         pin: Sequence[int] = (),
@@ -63,6 +79,7 @@ class MachineSpec:
         self.boot, self.boot_options = boot, boot_options
         self.cores, self.memory = cores, memory
         self.name, self.id, self.parameters = name, id, parameters
+        self.disks, self.virtio = tuple(disks), Announcement(virtio)
         self.hugepages, self.dedicated, self.pin = hugepages, dedicated, tuple(pin)
         self.debug_exit, self.device_modes = debug_exit, device_modes
         self.trace_exits, self.measure_time, self.max_exits = trace_exits, measure_time, max_exits
@@ -71,6 +88,11 @@ class MachineSpec:
     def replace(self, **changes: Any) -> "MachineSpec":
         """Return a copy with some fields changed. Raises ValueError and TypeError as the constructor does."""
         return MachineSpec(**vars(self) | changes)
+
+    @property
+    def virtio_windows(self) -> tuple[layout.VirtioWindow, ...]:
+        """Where the guest finds its disks. Raises ValueError when they are too many."""
+        return layout.virtio_windows(len(self.disks))
 
     def _check(self) -> None:
         host = host_memory()
@@ -89,6 +111,7 @@ class MachineSpec:
             raise ValueError("dedicated chooses the host CPUs itself: it excludes pin")
         if self.max_exits is not None and self.max_exits < 0:
             raise ValueError(f"max_exits of {self.max_exits}: 0 or more is wanted")
+        layout.virtio_windows(len(self.disks))
         unknown = set(self.device_modes) - set(DEVICES)
         if unknown:
             raise ValueError(f"no device {sorted(unknown)[0]!r}: there are {', '.join(DEVICES)}")

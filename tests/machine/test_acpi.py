@@ -213,6 +213,9 @@ def decode_value(code: bytes) -> tuple[object, bytes]:
     opcode, rest = code[0], code[1:]
     if opcode in (0, 1):
         return opcode, rest
+    if opcode == 0x0D:
+        text, _, after = rest.partition(b"\0")
+        return text.decode("ascii"), after
     if opcode in (0x0A, 0x0B, 0x0C, 0x0E):
         size = {0x0A: 1, 0x0B: 2, 0x0C: 4, 0x0E: 8}[opcode]
         return int.from_bytes(rest[:size], "little"), rest[size:]
@@ -240,6 +243,26 @@ def test_dsdt_holds_soft_off_and_com1() -> None:
     resources = bytes.fromhex("47 01 f803 f803 01 08  22 1000  79 00")
     com1 = {"_HID": 0x0105_D041, "_UID": 1, "_CRS": resources}
     assert namespace == {"\\_SB_": {"COM1": com1}, "\\_S5_": [lib.KVMPY_ACPI_S5, 0, 0, 0]}
+
+
+@pytest.mark.parametrize("count", [1, 8, 16])
+def test_dsdt_announces_virtio_devices_when_asked(count: int) -> None:
+    """ACPI 6.5 §6.4.3.4: 32-bit fixed memory, writable. §6.4.3.6: a consumer's interrupt, edge, high, exclusive."""
+    windows = layout.virtio_windows(count)
+    com1, *devices = decode_terms(acpi.dsdt(windows)[36:])["\\_SB_"].items()
+    assert com1[0] == "COM1"
+    for i, ((_, device), window) in enumerate(zip(devices, windows, strict=True)):
+        registers = b"\x86\x09\x00\x01" + struct.pack("<II", window.gpa, 0x1000)
+        interrupt = b"\x89\x06\x00\x03\x01" + struct.pack("<I", window.gsi)
+        resources = registers + interrupt + b"\x79\x00"
+        assert device == {"_HID": "LNRO0005", "_UID": i, "_CCA": 1, "_CRS": resources}
+    assert len({name for name, _ in devices}) == count
+
+
+def test_tables_have_room_for_every_virtio_device_beside_every_core() -> None:
+    most = acpi.build(1024, layout.virtio_windows(16))
+    assert acpi.dsdt(layout.virtio_windows(16)) in most
+    assert len(most) <= layout.ACPI_TABLES_SIZE
 
 
 BOUNDARIES = [0, 62, 63, 0xFFD, 0xFFE, 0xFFFFC, 0xFFFFD, (1 << 28) - 5]

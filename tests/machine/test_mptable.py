@@ -93,15 +93,15 @@ def test_ioapic_is_where_the_map_draws_it() -> None:
     assert struct.unpack("<BBBBI", ioapic) == (2, 3, 0x11, 1, layout.IOAPIC)
 
 
-def test_isa_irqs_go_to_their_pins_and_the_pit_to_pin_2() -> None:
-    """MP 1.4 §4.3.4: each entry names bus, bus IRQ, I/O APIC and pin."""
+def test_irqs_go_to_their_pins_and_the_pit_to_pin_2() -> None:
+    """MP 1.4 §4.3.4: each entry names bus, bus IRQ, I/O APIC and pin. All 24 pins but those two have their own IRQ."""
     table = mptable.build(2)
     wires = {}
     for entry in of_type(table, 3):
         interrupt_type, flags, bus, irq, ioapic, pin = struct.unpack("<xBHBBBB", entry)
         assert (interrupt_type, flags, bus, ioapic) == (0, 0, 0, 2)
         wires[irq] = pin
-    assert wires == {irq: irq for irq in range(16) if irq != 2} | {0: 2}
+    assert wires == {irq: irq for irq in range(24) if irq != 2} | {0: 2}
     assert len(set(wires.values())) == len(wires) == len(of_type(table, 3))
     assert [entry[2:] for entry in of_type(table, 1)] == [b"ISA   "]
 

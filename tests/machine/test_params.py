@@ -127,6 +127,17 @@ def test_what_the_page_cannot_hold_is_refused_in_one_line(
     assert page_of(memory) == bytes(0x1000)
 
 
+@pytest.mark.parametrize("count", [0, 1, 16])
+def test_page_tells_the_virtio_devices_and_their_interrupts(memory: GuestMemory, count: int) -> None:
+    """guests/abi.h: a u32 of how many, and a byte for each with its GSI."""
+    windows = layout.virtio_windows(count)
+    params.write(memory, 1, Parameters(pairs={"k": "v"}), windows)
+    page = page_of(memory)
+    assert struct.unpack_from("<I", page, 0x88) == (count,)
+    assert list(page[0x90:0xA0]) == [window.gsi for window in windows] + [0] * (16 - count)
+    assert guest_pairs(page) == [("k", "v")]
+
+
 def test_writing_again_leaves_nothing_of_before(memory: GuestMemory) -> None:
     """A machine that starts anew hears no request of its earlier life and has no heartbeat yet."""
     memory.fill(layout.PARAMETER_PAGE, 0x1000, 0xA5)

@@ -123,7 +123,7 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
     kernel = parse(image)
     if kernel is None:
         raise image.error("no bzImage: no HdrS at 0x202", HEADER.offset)
-    cmdline = c_string(options.append)
+    cmdline = c_string(options.linux_cmdline)
     limit = CMDLINE_SIZE.get(kernel.raw)
     if len(cmdline) - 1 > limit:
         message = f"command line of {len(cmdline) - 1} bytes: this kernel takes {limit}"

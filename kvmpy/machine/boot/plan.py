@@ -5,6 +5,7 @@ is refused has not written a byte of guest memory. Named tuples rather than data
 of a machine, and cost a seventh.
 """
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
@@ -13,6 +14,8 @@ from typing import NamedTuple
 from kvmpy.machine.boot.image import ImageFile
 from kvmpy.machine.memory import GuestMemory
 
+_WORD = r'(?:"[^"]*"?|[^\s"])+'
+"""A word of a Linux command line: a double quote keeps spaces, to the next one or to the end."""
 _NO_REGISTERS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -74,6 +77,17 @@ class BootOptions(NamedTuple):
     """flat, ELF: the mode to start in."""
     entry: int | None = None
     """flat, ELF: the gpa to start at."""
+    devices: tuple[str, ...] = ()
+    """What the board tells Linux of devices that cannot be found otherwise, word by word: bzImage and PVH append it."""
+
+    @property
+    def linux_cmdline(self) -> str:
+        """The kernel's command line with `devices` behind it; before a ``--``, from where on it is init's."""
+        if not self.devices:
+            return self.append
+        separators = (word.start() for word in re.finditer(_WORD, self.append) if word[0].strip('"') == "--")
+        end = next(separators, len(self.append))
+        return " ".join(filter(None, (self.append[:end].rstrip(), *self.devices, self.append[end:])))
 
     @property
     def files(self) -> tuple[Module, ...]:

@@ -72,7 +72,7 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
     files = place_files(image, options.files, memory)
     check_segments(image, kernel.segments, memory, files)
     entry = Entry(CpuMode.PROTECTED, kernel.rip, {"rbx": layout.BOOT_INFO})
-    return Plan(kernel.segments, entry, files, _start_info(options.append, files, memory))
+    return Plan(kernel.segments, entry, files, _start_info(options.linux_cmdline, files, memory))
 
 
 def load(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Entry:
@@ -118,9 +118,9 @@ def _find_entry_note(image: ImageFile, elf: elf_format.ElfFile) -> tuple[int, in
     return None
 
 
-def _start_info(append: str, files: tuple[PlacedFile, ...], memory: GuestMemory) -> tuple[tuple[int, bytes], ...]:
+def _start_info(cmdline_text: str, files: tuple[PlacedFile, ...], memory: GuestMemory) -> tuple[tuple[int, bytes], ...]:
     strings = Arena(layout.COMMAND_LINES, layout.COMMAND_LINES_SIZE, "command lines")
-    cmdline = strings.put(c_string(append))
+    cmdline = strings.put(c_string(cmdline_text))
     tables = Arena(layout.BOOT_INFO + _START_INFO.size, layout.BOOT_INFO_SIZE - _START_INFO.size, "boot information")
     memory_map = layout.memory_map(memory.size)
     memmap = tables.put(b"".join(_MEMMAP_ENTRY.pack(gpa, size, kind, 0) for gpa, size, kind in memory_map))
