@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SHIM_SOURCES := $(wildcard csrc/*) $(wildcard csrc/cdef/*) guests/abi.h setup.py pyproject.toml
 
-.PHONY: all run test check guests benchmark clean campaign-images
+.PHONY: all run test check guests benchmark clean
+.PHONY: campaign-images campaign-chains campaign-disks campaign-crash
 
 all: guests
 
@@ -31,6 +32,19 @@ benchmark: guests $(VENV)/test-tools
 # Ten thousand damaged images through every loader; make test runs a fiftieth.
 campaign-images: $(VENV)/test-tools
 	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/machine/boot/test_mutations.py --timeout 3600
+
+# A million chains of requests through both block engines.
+campaign-chains: $(VENV)/test-tools
+	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/devices/test_block_differential.py --timeout 3600
+
+# Ten thousand damaged VHDs, and as many page blobs.
+campaign-disks: $(VENV)/test-tools
+	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/storage/test_vhd_mutations.py tests/storage/test_blob_mutations.py \
+		tests/storage/test_blob_model.py --timeout 3600
+
+# Power cuts at every moment with every sync left out in turn, and machines killed at a thousand random ones.
+campaign-crash: $(VENV)/test-tools
+	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/crash tests/pc/test_disk_kill.py --timeout 7200
 
 # Each time: build.py makes only what is missing or older than its sources.
 guests: $(VENV)/kvmpy
