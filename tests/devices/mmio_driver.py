@@ -12,6 +12,8 @@ from kvmpy.devices.virtqueue import Fault
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.units import MiB
 
+CAMPAIGN = 10_000
+ROUNDS = CAMPAIGN if os.environ.get("KVMPY_CAMPAIGN") == "1" else CAMPAIGN // 50
 LIMIT = 10.0
 """Seconds that anything may take that a test waits for."""
 ACKNOWLEDGE, DRIVER = lib.VIRTIO_CONFIG_S_ACKNOWLEDGE, lib.VIRTIO_CONFIG_S_DRIVER

@@ -16,6 +16,7 @@ from mmio_driver import (
     NEEDS_RESET,
     PACKED,
     RING_RESET,
+    ROUNDS,
     VERSION_1,
     WAIT,
     Bench,
@@ -26,29 +27,6 @@ from mmio_driver import (
 from kvmpy._shim import lib
 from kvmpy.devices.queue_worker import InlineWorker, QueueWorker
 from kvmpy.devices.virtio_mmio import QUEUE_RESET
-
-CAMPAIGN = 10_000
-ROUNDS = CAMPAIGN if os.environ.get("KVMPY_CAMPAIGN") == "1" else CAMPAIGN // 50
-
-
-@pytest.fixture
-def bench():
-    bench = Bench(InlineWorker)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def driver(bench):
-    return bench.driver
-
-
-@pytest.fixture
-def threaded():
-    """As ``bench``, with a thread for each queue."""
-    bench = Bench(QueueWorker)
-    yield bench
-    bench.close()
 
 
 def end_by(way, driver):

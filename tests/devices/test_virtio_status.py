@@ -1,7 +1,5 @@
 """The life of a virtio device: the status machine, faults, any register traffic. Resets: test_virtio_reset.py."""
 
-import os
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +16,7 @@ from mmio_driver import (
     NEGOTIATED,
     RAISE,
     RING_RESET,
+    ROUNDS,
     VERSION_1,
     Bench,
     in_thread,
@@ -28,30 +27,6 @@ from mmio_driver import (
 from kvmpy._shim import lib
 from kvmpy.devices.queue_worker import InlineWorker, QueueWorker
 from kvmpy.devices.virtqueue import Fault
-
-CAMPAIGN = 10_000
-ROUNDS = CAMPAIGN if os.environ.get("KVMPY_CAMPAIGN") == "1" else CAMPAIGN // 50
-
-
-@pytest.fixture
-def bench():
-    bench = Bench(InlineWorker)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def driver(bench):
-    return bench.driver
-
-
-@pytest.fixture
-def threaded():
-    """As ``bench``, with a thread for each queue."""
-    bench = Bench(QueueWorker)
-    yield bench
-    bench.close()
-
 
 # --- the status machine -----------------------------------------------------------------------------------------
 

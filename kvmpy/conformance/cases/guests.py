@@ -12,11 +12,12 @@ from kvmpy._shim import lib
 from kvmpy.conformance import guest
 from kvmpy.conformance.bench import DATA, REQUESTS, Bench
 from kvmpy.conformance.case import IGNORED, OK, Variant
+from kvmpy.conformance.cases.lifecycle import hold_a_read
 from kvmpy.conformance.cases.ring import allow_rings
 from kvmpy.conformance.driver import NO_STATUS
 from kvmpy.conformance.guest import Guest, forever, increment, output, set_memory, store
 from kvmpy.conformance.layout import DESCRIPTOR_SIZE, Buffer, ring_areas
-from kvmpy.conformance.world import HIDDEN_SECTOR, World
+from kvmpy.conformance.world import World
 from kvmpy.devices.queue_worker import QueueWorker
 from kvmpy.storage.disk import SECTOR_SIZE
 
@@ -135,17 +136,7 @@ def kicks_through_resets(bench: Bench) -> None:
 
 def reset_by_vcpu(bench: Bench) -> None:
     """Let a vCPU reset the device while a request is executed: when its write is done, nobody writes any more."""
-    asked, go_on = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        asked.set()
-        go_on.wait(LIMIT)
-
-    bench.image.on_ask = hold
-    bench.add(bench.read(HIDDEN_SECTOR))
-    bench.ring.publish()
-    bench.driver.notify()
-    bench.expect(asked.wait(LIMIT), "the request was never executed")
+    go_on = hold_a_read(bench)
     code = store(lib.VIRTIO_MMIO_STATUS, 0) + output(guest.SIGNAL_PORT, 1) + forever(increment(guest.ROUNDS))
     with Guest(bench, code, irqfd=False) as running:
         bench.expect(not running.signal.seen.is_set(), "the reset did not wait for the request")

@@ -158,8 +158,8 @@ def features_change(bench: Bench) -> None:
 # --- 41: resets -------------------------------------------------------------------------------------------------
 
 
-def reset_in_flight(bench: Bench) -> None:
-    """Reset the device while it executes a request: when the status reads 0, nobody writes to memory any more."""
+def hold_a_read(bench: Bench) -> threading.Event:
+    """Have a request executed that does not end before the event is set."""
     asked, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -171,6 +171,12 @@ def reset_in_flight(bench: Bench) -> None:
     bench.ring.publish()
     bench.driver.notify()
     bench.expect(asked.wait(LIMIT), "the request was never executed")
+    return go_on
+
+
+def reset_in_flight(bench: Bench) -> None:
+    """Reset the device while it executes a request: when the status reads 0, nobody writes to memory any more."""
+    go_on = hold_a_read(bench)
     reset = threading.Thread(target=bench.driver.reset)
     reset.start()
     go_on.set()
