@@ -149,6 +149,15 @@ def test_stop_between_two_chains(make_rig):
         assert rig.queue.queue.process() is None
         assert rig.image.asked == 1
         assert rig.memory.read(second.status, 1)[0] == NO_STATUS
+        assert rig.queue.ring.used_flags == lib.VRING_USED_F_NO_NOTIFY, "notifications are left as they were"
+
+
+def test_closing_gives_back_every_descriptor(make_rig):
+    before = len(os.listdir("/proc/self/fd"))
+    with make_rig(plain()) as rig:
+        rig.open_queue()
+        rig.request(IN, 0, data_in=512)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_closing_twice_is_harmless(rig):

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import select
+import time
 
 import pytest
-from engine_rig import Rig
+from engine_rig import TIME_LIMIT, Rig
 from watched_memory import WatchedMemory
 
 from kvmpy import MiB
@@ -13,7 +15,7 @@ from kvmpy.conformance.driver import SEGMENT
 from kvmpy.conformance.image import CHUNK, PatchworkImage, State, pattern
 from kvmpy.devices.block_execute import BlockExecutor
 from kvmpy.devices.block_python import PythonBlock
-from kvmpy.devices.block_request import Range, Read, Write, Zero
+from kvmpy.devices.block_request import Flush, GetId, Range, Read, Refused, Write, Zero
 from kvmpy.devices.virtqueue import Segment
 from kvmpy.machine.memory import GuestMemory
 
@@ -59,6 +61,27 @@ def test_chain_that_comes_while_notifications_are_off_is_served(rig):
     rig.submit(IN, 0, data_in=512)
     assert rig.queue.queue.process() is None
     assert len(rig.queue.ring.used()) == 2
+
+
+def test_kick_is_taken_back(rig):
+    """Else the thread would never sleep again."""
+    rig.queue.kick()
+    rig.queue.start()
+    deadline = time.monotonic() + TIME_LIMIT
+    while select.select([rig.queue.kick_fd], [], [], 0)[0]:
+        assert time.monotonic() < deadline
+
+
+def test_price_of_a_command():
+    """One request each; bytes only where data moves; what changes nothing is free."""
+    with Rig(plain(), make_engine=PythonBlock, iops=1, bps=1) as rig:
+        data = (Segment(0, 512), Segment(0, 1024))
+        for command in (Read(0, data), Write(0, data)):
+            assert [price for _, price in rig.engine.tolls(command)] == [1, 1536]
+        for command in (Read(0, ()), Zero((Range(0, 8, True),))):
+            assert [price for _, price in rig.engine.tolls(command)] == [1]
+        for command in (Flush(), GetId(data), Refused(IOERR)):
+            assert rig.engine.tolls(command) == []
 
 
 def test_disk_that_shrinks_while_a_request_waits():
