@@ -22,15 +22,16 @@ void kvmpy_disk_unlock(struct kvmpy_disk *disk)
 
 uint64_t kvmpy_disk_find(const struct kvmpy_disk *disk, uint64_t sector)
 {
-    uint64_t low = 0, high = disk->nr_extents;
-    while (low < high) {
-        uint64_t middle = (low + high) / 2;
-        if (disk->extents[middle].sector + disk->extents[middle].sectors <= sector)
-            low = middle + 1;
-        else
-            high = middle;
+    /* Bisection without a branch that a processor could guess wrongly: a random guest would make it, at each step. */
+    const struct kvmpy_extent *first = disk->extents;
+    uint64_t left = disk->nr_extents;
+    while (left > 1) {
+        uint64_t half = left / 2;
+        const struct kvmpy_extent *middle = first + half, *before = middle - 1;
+        first = before->sector + before->sectors <= sector ? middle : first;
+        left -= half;
     }
-    return low;
+    return first - disk->extents + (left && first->sector + first->sectors <= sector);
 }
 
 uint64_t kvmpy_disk_missing(const struct kvmpy_disk *disk, uint64_t sector, uint64_t sectors, bool writable,
