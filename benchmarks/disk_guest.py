@@ -33,13 +33,14 @@ class Workload(NamedTuple):
     span: int
     write: bool = False
     random: bool = True
+    interrupts: bool = False
 
     @property
     def words(self) -> str:
         """The guest's command line."""
         return (
             f"write={int(self.write)} size={self.size} depth={self.depth} count={self.count} "
-            f"span={self.span} random={int(self.random)}"
+            f"span={self.span} random={int(self.random)} interrupts={int(self.interrupts)}"
         )
 
 

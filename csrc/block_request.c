@@ -4,6 +4,8 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#define MOST_AT_ONCE (16u << 20 >> 9) /* sectors: between two looks at `stopped` */
+
 static bool is_on_disk(const struct kvmpy_disk *disk, uint64_t sector, uint64_t sectors)
 {
     return sector <= disk->capacity && sectors <= disk->capacity - sector;
@@ -186,9 +188,13 @@ static int for_each_extent(struct kvmpy_block_queue *queue, uint64_t sector, uin
 {
     const struct kvmpy_disk *disk = queue->disk;
     const struct kvmpy_extent *extent = &disk->extents[kvmpy_disk_find(disk, sector)];
-    for (; sectors; extent++) {
+    while (sectors) {
+        extent += sector >= extent->sector + extent->sectors;
         uint64_t skipped = sector - extent->sector;
         uint64_t part = extent->sectors - skipped < sectors ? extent->sectors - skipped : sectors;
+        part = part < MOST_AT_ONCE ? part : MOST_AT_ONCE;
+        if (__atomic_load_n(&queue->stopped, __ATOMIC_ACQUIRE))
+            return VIRTIO_BLK_S_IOERR; /* whoever resets the device shall not wait for gigabytes */
         const struct kvmpy_file *file = extent->file == KVMPY_ZEROS ? NULL : &disk->files[extent->file];
         if (act(queue, file, extent->offset + skipped * KVMPY_SECTOR_SIZE, part * KVMPY_SECTOR_SIZE))
             return VIRTIO_BLK_S_IOERR;
@@ -206,6 +212,7 @@ static int execute_transfer(struct kvmpy_block_queue *queue)
     if (!is_on_disk(disk, sector, sectors)) /* it may have shrunk since the request was parsed */
         return VIRTIO_BLK_S_IOERR;
     uint64_t missing = kvmpy_disk_missing(disk, sector, sectors, is_out, &begin);
+    missing = missing < MOST_AT_ONCE ? missing : MOST_AT_ONCE;
     if (missing)
         return ask(queue, is_out ? KVMPY_DISK_MAP_WRITE : KVMPY_DISK_MAP_READ, begin, missing);
     int status = for_each_extent(queue, sector, sectors, move);

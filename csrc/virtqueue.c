@@ -15,9 +15,7 @@ typedef struct vring_packed_desc_event packed_event;
 
 void kvmpy_interrupt_raise(struct kvmpy_interrupt *interrupt, uint64_t bits)
 {
-    /* Asserted already, and not acknowledged: whoever acknowledges looks at the rings behind that. */
-    if (!(~__atomic_fetch_or(&interrupt->status, bits, __ATOMIC_SEQ_CST) & bits))
-        return;
+    __atomic_fetch_or(&interrupt->status, bits, __ATOMIC_SEQ_CST);
     uint64_t one = 1;
     ssize_t ignored = write(interrupt->fd, &one, sizeof one);
     (void)ignored;

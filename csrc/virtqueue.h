@@ -40,7 +40,7 @@ struct kvmpy_interrupt {
     int32_t fd;
 };
 
-/* Set `bits` of the status; write the eventfd, unless all of them were set. */
+/* Set `bits` of the status, then write the eventfd. */
 void kvmpy_interrupt_raise(struct kvmpy_interrupt *interrupt, uint64_t bits);
 
 /* Clear `bits` of the status. */

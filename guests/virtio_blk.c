@@ -36,7 +36,7 @@ struct header { uint32_t type, reserved; uint64_t sector; };
 /* In virtio_blk.S */
 void wait_for_interrupt(void);
 void put_text(const char *text);
-void put_number(uint32_t value);
+void put_number(uint32_t value); /* up to ten digits */
 
 static struct descriptor table[QUEUE_SIZE] __attribute__((aligned(16)));
 static volatile struct available available __attribute__((aligned(2)));

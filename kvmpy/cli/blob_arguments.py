@@ -5,10 +5,10 @@ from kvmpy.cli.blob_change import FOR_EVER
 from kvmpy.cli.parser import Parser
 from kvmpy.storage.convert import FORMATS
 from kvmpy.storage.disk import SECTOR_SIZE
-from kvmpy.storage.open import DISK_FORMATS
+from kvmpy.storage.open import ALL_FORMATS
 from kvmpy.units import parse_size
 
-FILE_FORMATS = [name for name in DISK_FORMATS if name != "blob"]
+FILE_FORMATS = [name for name in ALL_FORMATS if name != "blob"]
 
 
 def create(parser: Parser) -> None:

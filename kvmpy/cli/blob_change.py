@@ -19,8 +19,8 @@ from kvmpy.storage.progress import Progress
 from kvmpy.storage.vhd import MAX_SIZE as VHD_MAX_SIZE
 
 FOR_EVER = 1e9  # seconds: 31 years
-MOST = {"blob": BLOB_MAX_SIZE, "vhd-fixed": VHD_MAX_SIZE, "vhd-dynamic": VHD_MAX_SIZE}
-"""Bytes of the largest disk of a format; of a raw one the host decides."""
+MOST = {"blob": BLOB_MAX_SIZE, "vhd-fixed": VHD_MAX_SIZE, "vhd-dynamic": VHD_MAX_SIZE, "raw": 2**63 - 512}
+"""Bytes of the largest disk of a format; the host may have less for a raw one."""
 
 Answer = tuple[int, str]
 
@@ -104,7 +104,7 @@ def _allow(size: int, most: int | None, what: str) -> None:
 
 @contextmanager
 def _working(what: str) -> Iterator[Progress]:
-    """Yield what shows progress; a signal ends the work there, where it can be undone, or is told at its end."""
+    """Yield what shows progress; a signal ends the work there, where it can be undone; work that is done is done."""
     with Interruption() as interruption, ProgressBar(what) as bar:
         interruption.hold_back()
 
@@ -114,5 +114,3 @@ def _working(what: str) -> Iterator[Progress]:
             bar(done, total)
 
         yield progress
-        if interruption.received:
-            raise KeyboardInterrupt

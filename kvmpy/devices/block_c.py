@@ -19,7 +19,6 @@ for other sectors at once, so it runs under the write side: no request that stil
 Floor: devices.
 """
 
-import errno
 import os
 import select
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from kvmpy.devices.interrupt import Interrupt
 from kvmpy.devices.virtqueue import Fault, QueueFault, QueueSetup, ring_fault
 from kvmpy.errors import DiskError
 from kvmpy.machine.memory import GuestMemory
-from kvmpy.storage.disk import SECTOR_SIZE, DiskImage
+from kvmpy.storage.disk import SECTOR_SIZE, DiskImage, SyncFailed
 
 NANOSECONDS_IN_A_MILLISECOND = 10**6
 LONGEST_POLL_MS = 60_000
@@ -166,8 +165,8 @@ class CBlock:
                 self._ask_image(exit)
             exit.answer = lib.KVMPY_DISK_DONE
         except (OSError, DiskError) as error:
-            if isinstance(error, OSError) and error.errno == errno.EIO:
-                self._disk.sync_failed = True  # an fdatasync perhaps, and the kernel tells of an error only once
+            if isinstance(error, SyncFailed):
+                self._disk.sync_failed = True
             exit.answer = lib.KVMPY_DISK_FAILED
 
     def _ask_image(self, exit: Any) -> None:

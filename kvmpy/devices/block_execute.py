@@ -36,7 +36,7 @@ from kvmpy.devices.block_request import (
 from kvmpy.devices.extent_table import ExtentTable, Run
 from kvmpy.errors import DiskError
 from kvmpy.machine.memory import GuestMemory
-from kvmpy.storage.disk import SECTOR_SIZE, ZEROS, DiskImage, Extent
+from kvmpy.storage.disk import SECTOR_SIZE, ZEROS, DiskImage, Extent, SyncFailed
 
 ZERO_BYTES = bytes(1 << 16)
 """Written again and again where a file system can do no better."""
@@ -147,7 +147,7 @@ class BlockExecutor:
         lost stays lost, so from then on this fails for ever.
         """
         if self._sync_failed:
-            raise OSError(errno.EIO, "an earlier fdatasync failed")
+            raise SyncFailed(errno.EIO, "an earlier fdatasync failed")
         for fd in self._written_fds:
             try:
                 os.fdatasync(fd)
@@ -157,11 +157,11 @@ class BlockExecutor:
 
     @contextmanager
     def _image_at_work(self) -> Iterator[None]:
-        """Take an EIO of the image for a failed fdatasync: the kernel tells of one only once, whoever asks."""
+        """Remember that a sync of the image failed: the kernel tells of it only once, whoever asks."""
         try:
             yield
-        except OSError as error:
-            self._sync_failed |= error.errno == errno.EIO
+        except SyncFailed:
+            self._sync_failed = True
             raise
 
     # --- the extent table -------------------------------------------------------------------------------------------

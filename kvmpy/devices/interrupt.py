@@ -2,13 +2,13 @@
 
 ::
 
-    worker (C or Python)     raise_(bits):  status |= bits; where that set one: write(fd, 1) --> irqfd --> an edge
+    worker (C or Python)     raise_(bits):  status |= bits; write(fd, 1) --> irqfd --> an edge on the GSI
     guest reads 0x60         the word, answered by the run loop
     guest writes 0x64        status &= ~bits, by the run loop
 
-The interrupt is asserted while a bit of the status is set; the guest hears of the edge. The eventfd makes that edge, so
-nothing has to lower a level when the last bit is acknowledged. What happens while the bit is set needs no other edge:
-a driver acknowledges first and looks at its rings then. So many raises before the acknowledgement are one interrupt.
+The eventfd makes a pulse, so the GSI is an edge, and nothing has to lower a level when the last bit is acknowledged.
+Each raise is an edge, also while the bit is set: a controller drops the edges of a pin that is masked, and a driver
+that polled then, and never acknowledged, would wait for ever. Many raises before the guest runs are one interrupt.
 
 Source: virtio 1.2 §4.2.2 (InterruptStatus, InterruptACK), §4.2.3.4.
 """
@@ -41,7 +41,7 @@ class Interrupt:
         return ffi.addressof(self.pointer, "status")
 
     def raise_(self, bits: int) -> None:
-        """Set ``bits`` of the status, and interrupt the guest unless all of them were set."""
+        """Set ``bits`` of the status and interrupt the guest."""
         lib.kvmpy_interrupt_raise(self.pointer, bits)
 
     def acknowledge(self, bits: int) -> None:

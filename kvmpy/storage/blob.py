@@ -261,6 +261,8 @@ class PageBlob:
     def resize(self, size: int) -> None:
         """Cut off what is behind ``size``, or add zeros. Raises BlobError for a size that `create` refuses."""
         writer = self._disk.writer()
+        if self.content_format == "vhd":
+            raise BlobError("is a VHD, whose footer says its size: it keeps it", path=self.path)
         _check_size(size, self.content_format, self.path)
         active, old = writer.meta.active, writer.meta.size
         if size > old:

@@ -2,7 +2,7 @@
 
 ::
 
-    data.blob.unfinished/     lock, layers, journal-1, meta       seen by nobody as data.blob
+    data.blob.kvmpy-unfinished/     lock, layers, journal-1, meta       seen by nobody as data.blob
         |  rename, and the same back when a blob is deleted       the one step that is the change
     data.blob/
 
@@ -23,7 +23,8 @@ from kvmpy.storage.blob_meta_file import META
 from kvmpy.storage.blob_writer import BlobWriter, is_removable, new_journal, write_file
 from kvmpy.storage.lease import LOCK, Lease
 
-SUFFIX = ".unfinished"
+SUFFIX = ".kvmpy-unfinished"
+"""No blob may have a name that ends so: what does is somebody's aside, and may be removed."""
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG)
 _ATTEMPTS = 100
@@ -45,6 +46,7 @@ class Aside:
 
     def __init__(self, path: str) -> None:
         self._path = path.rstrip("/")
+        _check_name(self._path)
         if os.path.lexists(self._path):
             raise BlobError("exists already", path=path)
         fd, self._lease = _take(self._path + SUFFIX)
@@ -92,6 +94,15 @@ class Aside:
             dismantle(self.folder.fd, self._path + SUFFIX)
         self._lease.close()
         os.close(self.folder.fd)
+
+
+def _check_name(path: str) -> None:
+    """Refuse a place where a blob would be lost, or in the way. Raises BlobError."""
+    if path.endswith(SUFFIX):
+        raise BlobError(f"names that end in {SUFFIX} are for what is being made", path=path)
+    folder = os.path.dirname(path)
+    if os.path.lexists(os.path.join(folder, META)) and os.path.lexists(os.path.join(folder, LOCK)):
+        raise BlobError("would lie inside a page blob", path=path)
 
 
 def rename_durably(old: str, new: str) -> None:
@@ -163,7 +174,7 @@ def _open_or_make(name: str) -> int:
     except OSError as error:
         if error.errno not in _NO_PLACE:
             raise
-        raise BlobError(error.strerror or str(error), path=name) from error
+        raise BlobError(error.strerror or str(error), path=name.removesuffix(SUFFIX)) from error
 
 
 def _lease_of(folder: int, name: str) -> Lease | None:

@@ -15,6 +15,7 @@ from kvmpy.storage.blob_layer import Folder, Layer, is_layer_name
 from kvmpy.storage.blob_meta import Meta
 from kvmpy.storage.blob_meta_file import META
 from kvmpy.storage.blob_time import next_after, now
+from kvmpy.storage.disk import SyncFailed
 from kvmpy.storage.lease import Lease
 
 NEW_META = "meta.new"
@@ -76,7 +77,7 @@ class BlobWriter:
         """Raise LeaseError where the lease is lost, OSError (EIO) where a sync has failed."""
         self.lease.check()
         if self.broken:
-            raise OSError(errno.EIO, "an earlier write failed, open the page blob again", self.folder.path)
+            raise SyncFailed(errno.EIO, "an earlier write failed, open the page blob again", self.folder.path)
 
     def start(self) -> None:
         """Open the active layer and begin a generation, with another ETag.

@@ -21,6 +21,13 @@ ZEROS = -1
 """The descriptor of an extent that has no bytes anywhere: it reads as zeros."""
 
 
+class SyncFailed(OSError):
+    """An fdatasync or fsync failed: the kernel has forgotten what it could not write, and tells of that only once.
+
+    Whoever gets it must not believe any later sync of that disk.
+    """
+
+
 class Extent(NamedTuple):
     """``sectors`` sectors from ``sector`` on lie from byte ``offset`` of ``fd`` on."""
 
@@ -66,7 +73,8 @@ class DiskImage(Protocol):
         What had to be allocated or copied for that is durable on return, with the bytes that the range had before.
 
         Raises:
-            OSError: the host refused (ENOSPC, EIO).
+            SyncFailed: what was written before, by whomever, may be lost.
+            OSError: the host refused (ENOSPC, EIO), and nothing is lost.
             DiskError: the file is not what it claims.
         """
 

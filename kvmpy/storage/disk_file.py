@@ -15,6 +15,8 @@ from kvmpy.storage import files
 from kvmpy.storage.disk import SECTOR_SIZE
 from kvmpy.storage.lock import WriterLock
 
+LAYER_SUFFIX = ".layer"
+"""Of the files that a page blob's pages are in."""
 PAGE_CACHE_ALIGNMENT = 1
 DIRECT_ALIGNMENT = 4096
 """Assumed where the host does not say: no disk in use has larger logical blocks."""
@@ -124,12 +126,20 @@ def direct_alignment(status: os.stat_result) -> int:
     return DIRECT_ALIGNMENT
 
 
+def _refuse_layer(path: str, access: int) -> None:
+    """Let nobody write into a page blob behind its back. Raises DiskError."""
+    folder, name = os.path.split(os.path.realpath(path))
+    if access == os.O_RDWR and name.endswith(LAYER_SUFFIX) and os.path.lexists(os.path.join(folder, "meta")):
+        raise DiskError(f"is a part of the page blob {folder}", path=path)
+
+
 def _open_disk_file(path: str, access: int, devices: bool) -> int:
     """Open ``path`` and return its descriptor; never waits, and opens nothing that is no disk."""
 
     def allowed(mode: int) -> bool:
         return stat.S_ISREG(mode) or (devices and stat.S_ISBLK(mode))
 
+    _refuse_layer(path, access)
     try:
         # Looked at before it is opened: opening alone starts some devices.
         mode = os.stat(path).st_mode

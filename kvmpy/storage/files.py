@@ -19,6 +19,7 @@ import stat
 from contextlib import suppress
 
 from kvmpy.errors import DiskError
+from kvmpy.storage.disk import SyncFailed
 from kvmpy.units import MiB
 
 # What <linux/falloc.h> calls FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE.
@@ -130,9 +131,13 @@ def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
 def fdatasync(fd: int) -> None:
     """Return when the bytes and the size of the file are on the disk.
 
-    An error is told once for each open(2) of the file, and the kernel then forgets the bytes it could not write.
+    Raises:
+        SyncFailed: they may be lost. That is told once for each open(2) of the file.
     """
-    os.fdatasync(fd)
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror) from error
 
 
 # --- names --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class WriterLock:
 
     def __init__(self, fd: int, path: str) -> None:
         self._fd = files.reopen(fd, os.O_RDWR)
+        _HELD.add(self)  # before it is locked: a fork at this moment must not keep the lock
         try:
             if not self._take():
                 pid = holder(self._fd)
@@ -30,7 +31,6 @@ class WriterLock:
         except BaseException:
             self.close()
             raise
-        _HELD.add(self)
 
     def _take(self) -> bool:
         """Try to take it, and again for some milliseconds while only somebody who asks `is_locked` is in the way."""

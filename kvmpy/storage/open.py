@@ -59,4 +59,7 @@ def _open_blob(path: str, format: str | None, *, readonly: bool, direct: bool) -
         raise DiskError(f"is a folder: a disk of format={format} is a file", path=path)
     from kvmpy.storage.blob import PageBlob
 
-    return PageBlob.open(path, readonly=readonly, direct=direct)
+    try:
+        return PageBlob.open(path, readonly=readonly, direct=direct)
+    except OSError as error:
+        raise DiskError(error.strerror or str(error), path=path) from error

@@ -25,7 +25,7 @@ import re
 
 from kvmpy.errors import DiskError
 from kvmpy.storage import files
-from kvmpy.storage.disk import SECTOR_SIZE
+from kvmpy.storage.disk import SECTOR_SIZE, SyncFailed
 from kvmpy.storage.disk_file import DiskFile
 from kvmpy.storage.vhd import UNALLOCATED, block_place, whole_bitmap
 from kvmpy.storage.vhd_blocks import ENTRY_SIZE, BlockTable
@@ -114,7 +114,7 @@ class Growth:
     def sync(self) -> None:
         """Make durable what was written."""
         if self._sync_failed:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise SyncFailed(errno.EIO, os.strerror(errno.EIO))
         try:
             files.fdatasync(self._fd)
         except OSError:

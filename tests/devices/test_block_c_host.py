@@ -13,7 +13,7 @@ from kvmpy.conformance.layout import Buffer
 from kvmpy.devices.block_c import CBlock
 from kvmpy.devices.virtqueue import Fault
 from kvmpy.errors import DiskError
-from kvmpy.storage.disk import SECTOR_SIZE, Extent
+from kvmpy.storage.disk import SECTOR_SIZE, Extent, SyncFailed
 
 IN, OUT, FLUSH = lib.VIRTIO_BLK_T_IN, lib.VIRTIO_BLK_T_OUT, lib.VIRTIO_BLK_T_FLUSH
 DISCARD, WRITE_ZEROES = lib.VIRTIO_BLK_T_DISCARD, lib.VIRTIO_BLK_T_WRITE_ZEROES
@@ -56,9 +56,9 @@ def test_image_that_fails_is_an_io_error(rig, error):
     assert rig.request(FLUSH).status == OK
 
 
-def test_io_error_of_the_image_spoils_every_later_flush(rig):
-    """It may have been an fdatasync, and the kernel tells of an error once: then it forgets the pages."""
-    rig.image.failing = OSError(errno.EIO, "lost")
+def test_failed_sync_of_the_image_spoils_every_later_flush(rig):
+    """The kernel tells of it once, and forgets the pages."""
+    rig.image.failing = SyncFailed(errno.ENOSPC, "lost")
     assert rig.request(OUT, CHUNK, data_out=bytes(512)).status == IOERR
     rig.image.failing = None
     assert rig.request(OUT, CHUNK, data_out=bytes(512)).status == OK

@@ -14,7 +14,9 @@ from kvmpy.conformance.image import CHUNK, PatchworkImage, State, pattern
 from kvmpy.conformance.layout import Buffer
 from kvmpy.devices.block_request import RANGES_MAX
 from kvmpy.errors import DiskError
-from kvmpy.storage.disk import SECTOR_SIZE, Extent
+from kvmpy.storage.convert import create
+from kvmpy.storage.disk import SECTOR_SIZE, Extent, SyncFailed
+from kvmpy.storage.open import open_disk
 from kvmpy.storage.raw import open_raw
 
 IN, OUT, FLUSH, GET_ID = lib.VIRTIO_BLK_T_IN, lib.VIRTIO_BLK_T_OUT, lib.VIRTIO_BLK_T_FLUSH, lib.VIRTIO_BLK_T_GET_ID
@@ -219,10 +221,11 @@ def test_image_that_fails_is_an_io_error(rig, error):
 def test_image_that_fails_to_sync_has_lost_something(make_rig):
     """The kernel tells of an fdatasync that failed only once: a later FLUSH would wrongly succeed."""
     with make_rig(mixed()) as rig:
-        rig.image.failing = OSError(errno.ENOSPC, "full")
-        assert rig.request(OUT, CHUNK, data_out=bytes(512)).status == IOERR
-        assert rig.request(FLUSH).status == OK
-        rig.image.failing = OSError(errno.EIO, "lost")
+        for reason in (errno.ENOSPC, errno.EIO):  # a sector that cannot be read, say: nothing is lost by it
+            rig.image.failing = OSError(reason, "refused")
+            assert rig.request(OUT, CHUNK, data_out=bytes(512)).status == IOERR
+            assert rig.request(FLUSH).status == OK
+        rig.image.failing = SyncFailed(errno.EDQUOT, "lost")
         assert rig.request(OUT, CHUNK, data_out=bytes(512)).status == IOERR
         rig.image.failing = None
         assert rig.request(FLUSH).status == IOERR
@@ -363,3 +366,20 @@ def test_direct_disk_is_read_and_written(make_rig, tmp_path):
             else:
                 assert rig.request(IN, sector, data_in=end - start, gpa=gpa).data == model[start:end]
     assert path.read_bytes() == model
+
+
+@pytest.mark.parametrize("reason", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_flush_is_not_believed_after_a_vhd_failed_to_grow(make_rig, tmp_path, monkeypatch, reason):
+    """The sync of the growth hears of what the guest wrote before and did not flush, and nobody hears of it again."""
+    path = str(tmp_path / "disk.vhd")
+    create(path, 16 * MiB, format="vhd-dynamic")
+    with make_rig(open_disk(path, format="vhd")) as rig:
+        assert rig.request(OUT, 0, data_out=bytes(512)).status == OK
+
+        def fail(fd):
+            raise OSError(reason, os.strerror(reason))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fail)
+            assert rig.request(OUT, 8192, data_out=bytes(512)).status == IOERR
+        assert rig.request(FLUSH).status == IOERR

@@ -270,3 +270,11 @@ def test_vhd_shows_the_guest_all_but_the_footer(path):
         PageBlob.create(path.with_name("small"), 512, content_format="vhd")
     with pytest.raises(ValueError, match="content_format"):
         PageBlob.create(path.with_name("other"), 512, content_format="vhdx")
+
+
+def test_vhd_keeps_its_size(path):
+    """The footer says it, and is the last page: cut off or moved, the guest would see it as data, or another size."""
+    with PageBlob.create(path, 1 * MiB, content_format="vhd") as blob:
+        with pytest.raises(BlobError, match="whose footer says its size"):
+            blob.resize(2 * MiB)
+        assert blob.content_length == 1 * MiB

@@ -8,7 +8,7 @@ import pytest
 from blob_engine import Engine, contents, pages
 
 from kvmpy.errors import BlobError, LeaseError
-from kvmpy.storage import files
+from kvmpy.storage import blob_aside, files
 from kvmpy.storage.blob import PageBlob
 from kvmpy.storage.blob_check import check
 from kvmpy.storage.blob_copy import copy, delete
@@ -286,7 +286,7 @@ def test_what_a_crash_left_beside_the_path_is_removed(source, target, use):
     if use == "delete":
         PageBlob.create(target, 512).close()
     copy(source, source.with_name("third"))
-    os.rename(source.with_name("third"), target.with_name("copy.blob.unfinished"))
+    os.rename(source.with_name("third"), target.with_name("copy.blob.kvmpy-unfinished"))
     match use:
         case "create":
             PageBlob.create(target, 512).close()
@@ -303,7 +303,7 @@ def test_folder_that_was_removed_meanwhile_is_made_again(path, tmp_path, monkeyp
 
     def create(name, *, folder=None):
         if not moved:
-            moved.append(os.rename(tmp_path / "data.blob.unfinished", tmp_path / "elsewhere"))
+            moved.append(os.rename(tmp_path / "data.blob.kvmpy-unfinished", tmp_path / "elsewhere"))
         return real(name, folder=folder)
 
     monkeypatch.setattr(files, "create", create)
@@ -313,7 +313,7 @@ def test_folder_that_was_removed_meanwhile_is_made_again(path, tmp_path, monkeyp
 
 
 def test_folder_that_is_in_the_way_is_not_touched(source, target):
-    aside = target.with_name("copy.blob.unfinished")
+    aside = target.with_name("copy.blob.kvmpy-unfinished")
     aside.mkdir()
     (aside / "letter.txt").write_bytes(b"dear")
     with pytest.raises(BlobError, match=r"holds 'letter.txt'"):
@@ -328,3 +328,19 @@ def test_two_who_make_one_blob_do_not_disturb_each_other(path):
         PageBlob.create(path, 512)
     PageBlob.create(path, 512).close()
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_blob_with_the_name_of_an_aside_cannot_be_made(source, tmp_path):
+    """It would be taken for what a crash has left, and removed with the next use of the name before the suffix."""
+    name = tmp_path / f"other{blob_aside.SUFFIX}"
+    for make in (lambda: PageBlob.create(name, 512), lambda: copy(source, name)):
+        with pytest.raises(BlobError, match="are for what is being made"):
+            make()
+    assert not name.exists()
+
+
+def test_blob_cannot_be_made_inside_a_blob(source):
+    """The outer one could not be deleted any more."""
+    with pytest.raises(BlobError, match="would lie inside a page blob"):
+        copy(source, source / "inner")
+    delete(source)

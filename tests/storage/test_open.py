@@ -1,5 +1,6 @@
 """open_disk: what a disk is, is said."""
 
+import errno
 import os
 import socket
 
@@ -7,7 +8,10 @@ import pytest
 from vhd_files import dynamic, fixed, read_disk
 
 from kvmpy.errors import DiskError
+from kvmpy.storage import files
+from kvmpy.storage.blob import PageBlob
 from kvmpy.storage.open import open_disk
+from kvmpy.units import MiB
 
 
 @pytest.fixture
@@ -93,3 +97,26 @@ def test_unreadable_file_is_a_disk_error(raw):
     raw.chmod(0)
     with pytest.raises(DiskError, match="Permission denied"):
         open_disk(raw, format="raw")
+
+
+def test_nobody_writes_into_a_page_blob_behind_its_back(tmp_path):
+    """A layer is a plain file, shared with copies perhaps: writing it needs the blob's lease, so the blob."""
+    PageBlob.create(tmp_path / "a.blob", MiB).close()
+    (layer,) = (tmp_path / "a.blob").glob("*.layer")
+    (tmp_path / "link").symlink_to(layer)
+    for path in (layer, tmp_path / "link"):
+        with pytest.raises(DiskError, match="is a part of the page blob"):
+            open_disk(path, format="raw")
+    open_disk(layer, format="raw", readonly=True).close()
+
+
+def test_blob_that_the_host_refuses_is_a_disk_error_with_its_path(tmp_path, monkeypatch):
+    """A full host, say: opening for writing makes a new journal."""
+    PageBlob.create(tmp_path / "a.blob", MiB).close()
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "create", refuse)
+    with pytest.raises(DiskError, match=r"a\.blob: No space left on device"):
+        open_disk(tmp_path / "a.blob")
