@@ -6,6 +6,7 @@ where "irq" stands, the device raises them, and the guest acknowledges each batc
 """
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sampling import Row, figure, ratio
 from kvmpy.pc.disk import Engine
 from kvmpy.units import KiB, MiB
 
+SOURCES = Path(__file__).parent
 SPAN = 256 * MiB
 ROUNDS = 9
 SMALL = 4 * KiB
@@ -115,3 +117,30 @@ def test_python_twin(benchmark: BenchmarkFixture, rows: list[Row], image: Path) 
             twin.append(run_kvmpy(image, workload, engine=Engine.PYTHON)[0].total)
         rows.append(ratio(f"{workload.name} / Python twin", "us", ours, twin))
     benchmark.pedantic(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "count", "direct"),
+    [("cached, depth 1", 1, 20_000, 0), ("cached, depth 32", 32, 50_000, 0), ("O_DIRECT, depth 32", 32, 2_000, 1)],
+)
+def test_io_uring(
+    benchmark: BenchmarkFixture, rows: list[Row], image: Path, name: str, depth: int, count: int, direct: int
+) -> None:
+    """What the engine uses beside what it does not: 4 KiB reads by system calls alone."""
+    program = OUTPUT / "uring_loop"
+    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", program, SOURCES / "uring_loop.c"], check=True)
+    command = [program, image, *(str(word) for word in (SPAN, SMALL, depth, count, direct))]
+    preadv: list[float] = []
+    io_uring: list[float] = []
+
+    def both() -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 2:
+            pytest.skip("this kernel has no io_uring for us")
+        one, other = done.stdout.split()
+        preadv.append(float(one) / 1000)
+        io_uring.append(float(other) / 1000)
+
+    settle(image)
+    benchmark.pedantic(both, rounds=7, warmup_rounds=0 if direct else 1)
+    rows.append(ratio(f"preadv / io_uring, {name}", "us", preadv, io_uring))
