@@ -1,6 +1,8 @@
 """Runs a program under ``recorder.c`` and reads what it wrote down: every change of files, every sync, every mark."""
 
+import atexit
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -164,7 +166,9 @@ def _take(record: bytes) -> tuple[bytes, bytes]:
 @cache
 def recorder() -> Path:
     """Return the compiled recorder."""
-    library = Path(mkdtemp(prefix="kvmpy-recorder-")) / "recorder.so"
+    folder = mkdtemp(prefix="kvmpy-recorder-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder) / "recorder.so"
     command = ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-o", library, RECORDER, "-ldl"]
     subprocess.run(command, check=True)
     return library
