@@ -186,13 +186,16 @@ class AttachedDisk:
         """Stop, make all durable and close the image. Closing twice is harmless. The vCPUs have stopped.
 
         Raises:
-            OSError, DiskError: what was written could not be made durable.
+            DiskError: what was written could not be made durable.
         """
         self.stop()
         with self._closing:
             if self._last is None:
                 self._last = self._device.counters()
-                self._undo.close()
+                try:
+                    self._undo.close()
+                except OSError as error:
+                    raise DiskError(error.strerror or str(error), path=self.path) from error
 
 
 class _Workers:

@@ -81,19 +81,21 @@ def test_worker_that_raises_ends_the_run(make_disk_pc: MakePc, monkeypatch: pyte
     assert pc.machine.end.reason is EndReason.ERROR
 
 
+@pytest.mark.parametrize("error", [DiskError("Input/output error", path="disk"), OSError(5, "Input/output error")])
 def test_close_that_cannot_make_all_durable_says_so_and_closes_all(
-    make_disk_pc: MakePc, monkeypatch: pytest.MonkeyPatch
+    make_disk_pc: MakePc, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
+    """Whatever the host said: it is an error of the disk, which is named."""
     close = RawDisk.close
 
     def fail(disk: RawDisk) -> None:
         close(disk)
-        raise DiskError("Input/output error", path="disk")
+        raise error
 
     monkeypatch.setattr(RawDisk, "close", fail)
     pc = make_disk_pc(2, disk=PYTHON)
     pc.run(timeout=20.0)
-    with pytest.raises(DiskError, match="Input/output error"):
+    with pytest.raises(DiskError, match=r"disk\S*: Input/output error"):
         pc.close()
     assert not any(is_locked(Path(disk.path)) for disk in pc.spec.disks)
     assert pc.kvm.fd < 0
