@@ -43,6 +43,11 @@ class Workload(NamedTuple):
             f"span={self.span} random={int(self.random)} interrupts={int(self.interrupts)}"
         )
 
+    @property
+    def transfers(self) -> str:
+        """The same for ``disk_loop.c``."""
+        return f"{self.write:d} {self.size} {self.count} {self.random:d}"
+
 
 class Times(NamedTuple):
     """Microseconds of one request, on average: in all, the guest's writes to QueueNotify, and its waiting."""

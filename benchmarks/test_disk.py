@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from c_program import CProgram
 from conftest import OUTPUT
 from disk_guest import Shares, Times, Workload, build, run_kvmpy, run_qemu
-from disk_loop import DiskLoop
 from pytest_benchmark.fixture import BenchmarkFixture
 from sampling import Row, figure, ratio
 
@@ -53,8 +53,8 @@ def image() -> Iterator[Path]:
 
 
 @pytest.fixture
-def loop(image: Path) -> Iterator[DiskLoop]:
-    loop = DiskLoop(OUTPUT / "disk_loop", image, SPAN)
+def loop(image: Path) -> Iterator[CProgram]:
+    loop = CProgram("disk_loop.c", OUTPUT, image, str(SPAN))
     yield loop
     loop.close()
 
@@ -69,7 +69,7 @@ def settle(image: Path) -> None:
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
-def test_disk(benchmark: BenchmarkFixture, rows: list[Row], image: Path, loop: DiskLoop, workload: Workload) -> None:
+def test_disk(benchmark: BenchmarkFixture, rows: list[Row], image: Path, loop: CProgram, workload: Workload) -> None:
     """The guest's time for a request, here and under QEMU; for large ones, beside a plain loop too."""
     ours: list[tuple[Times, Shares | None]] = []
     theirs: list[Times] = []
@@ -79,7 +79,7 @@ def test_disk(benchmark: BenchmarkFixture, rows: list[Row], image: Path, loop: D
         settle(image)
         theirs.append(run_qemu(image, workload))
         settle(image)
-        plain.append(loop.round(workload))
+        plain.append(loop.round(workload.transfers))
         settle(image)
 
     def target() -> None:

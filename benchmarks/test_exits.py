@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
-from c_loop import CLoop
+from c_program import CProgram
 from conftest import OUTPUT
 from pytest_benchmark.fixture import BenchmarkFixture
 from sampling import Row, difference, figure, ratio
@@ -77,9 +77,9 @@ def stack() -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def c_loop(stack: ExitStack) -> CLoop:
+def c_loop(stack: ExitStack) -> CProgram:
     """The baseline."""
-    return stack.enter_context(closing(CLoop(OUTPUT / "c_loop")))
+    return stack.enter_context(closing(CProgram("c_loop.c", OUTPUT)))
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def typed_exits(vcpu: Vcpu, exits: int) -> float:
 
 
 def test_exit_answered_in_c(
-    benchmark: BenchmarkFixture, rows: list[Row], c_loop: CLoop, kvm: Kvm, stack: ExitStack
+    benchmark: BenchmarkFixture, rows: list[Row], c_loop: CProgram, kvm: Kvm, stack: ExitStack
 ) -> None:
     """One call of `Vcpu.next_exit` with a budget, its range a SINK, against the C program."""
     vcpu = bare_vcpu(kvm, stack)
@@ -151,7 +151,7 @@ def test_exit_answered_in_c(
     theirs: list[float] = []
 
     def baseline() -> None:
-        theirs.append(c_loop.round(2 * EXITS))
+        theirs.append(c_loop.round(str(2 * EXITS)))
 
     def target() -> None:
         ours.append(answered_in_c(vcpu, 2 * EXITS))
@@ -161,7 +161,7 @@ def test_exit_answered_in_c(
 
 
 def test_exit_answered_in_python(
-    benchmark: BenchmarkFixture, rows: list[Row], c_loop: CLoop, kvm: Kvm, stack: ExitStack
+    benchmark: BenchmarkFixture, rows: list[Row], c_loop: CProgram, kvm: Kvm, stack: ExitStack
 ) -> None:
     """The whole way to a Python device against the C program, and how much of it is the call out of C alone."""
     vcpu, device = bare_vcpu(kvm, stack), python_device(kvm, stack)
@@ -172,7 +172,7 @@ def test_exit_answered_in_python(
     ours: list[float] = []
 
     def baselines() -> None:
-        c.append(c_loop.round(EXITS))
+        c.append(c_loop.round(str(EXITS)))
         bare.append(bare_calls(vcpu, EXITS))
         typed.append(typed_exits(vcpu, EXITS))
 

@@ -189,7 +189,7 @@ class BlockDriver:
 
     def describe_queue(self, setup: QueueSetup) -> None:
         """Select a queue and write its size and addresses, as they are; do not make it ready."""
-        self.set(lib.VIRTIO_MMIO_QUEUE_SEL, setup.index)
+        self.set(lib.VIRTIO_MMIO_QUEUE_SEL, setup.queue_index)
         self.set(lib.VIRTIO_MMIO_QUEUE_NUM, setup.size)
         for register, gpa in (
             (lib.VIRTIO_MMIO_QUEUE_DESC_LOW, setup.descriptor_area),

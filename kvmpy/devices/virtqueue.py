@@ -122,7 +122,7 @@ class QueueFault(VirtqueueError):
 class QueueSetup(NamedTuple):
     """One virtqueue as driver and device have agreed on it."""
 
-    index: int  # type: ignore[assignment]  # the specification's word; nobody searches this tuple
+    queue_index: int
     size: int
     """Descriptors: 1 to `QUEUE_SIZE_MAX`; a power of two when split."""
     descriptor_area: int

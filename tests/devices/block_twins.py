@@ -80,7 +80,7 @@ class Side:
         self._round.close()
 
     def open_queue(self, setup: QueueSetup) -> None:
-        self.queues[setup.index] = self.engine.open_queue(setup, self.interrupt, self.kick_fd)
+        self.queues[setup.queue_index] = self.engine.open_queue(setup, self.interrupt, self.kick_fd)
 
     def close_queue(self, index: int) -> None:
         self.queues.pop(index).close()

@@ -45,7 +45,7 @@ class Queue:
 
     def submit(self, type, sector=0, *, gpa=None, table=None, **parts):
         """Build a request at ``gpa``, make it available, and return it."""
-        gpa = REQUESTS + 0x8_0000 * self.setup.index if gpa is None else gpa
+        gpa = REQUESTS + 0x8_0000 * self.setup.queue_index if gpa is None else gpa
         request = write_request(self.rig.memory, gpa, type, sector, **parts)
         self.ring.add(request.buffers, table=table)
         self.ring.publish()

@@ -1,25 +1,24 @@
 """A driver and a device that share one packed queue."""
 
-import struct
-
-import pytest
+from queue_pair import TABLE as TABLE
+from queue_pair import Pair
 from watched_memory import WatchedMemory
 
 from kvmpy import MiB
 from kvmpy._shim import lib
 from kvmpy.conformance.layout import NEXT, Buffer, PackedDescriptor, place
 from kvmpy.conformance.packed_ring import PackedRing
-from kvmpy.devices.virtqueue import Fault, QueueFault, ring_fault
+from kvmpy.devices.virtqueue import ring_fault
 from kvmpy.devices.virtqueue_packed import PackedQueue
 
 PACKED, EVENT_IDX = 1 << lib.VIRTIO_F_RING_PACKED, 1 << lib.VIRTIO_RING_F_EVENT_IDX
 INDIRECT_DESC = 1 << lib.VIRTIO_RING_F_INDIRECT_DESC
-RINGS, TABLE, DATA = 0x1000, 0x8000, 0x1_0000
+RINGS, DATA = 0x1000, 0x1_0000
 SIZE = 5
 """No power of two: a packed queue need not have one."""
 
 
-class Packed:
+class Packed(Pair):
     """``driver`` and ``device``, and ``memory`` that remembers who looked where."""
 
     def __init__(self, *, size: int = SIZE, features: int = INDIRECT_DESC, memory_size: int = 1 * MiB) -> None:
@@ -38,10 +37,6 @@ class Packed:
         for slot, descriptor in reversed(slots):
             self.driver.set_descriptor(slot, descriptor)
 
-    def table(self, *descriptors: tuple[int, int, int, int]) -> None:
-        """Write an indirect table at TABLE."""
-        self.memory.write(TABLE, b"".join(struct.pack("<QIHH", *descriptor) for descriptor in descriptors))
-
     def turn(self, slots: int) -> None:
         """Serve chains that take so many slots together, at most the queue's size at a time."""
         while slots:
@@ -51,18 +46,6 @@ class Packed:
             self.device.push(self.device.pop(), 0)
             assert len(self.driver.used()) == 1
             slots -= step
-
-    def fault(self) -> Fault:
-        """Pop, which must fault, and again, and have changed nothing."""
-        before = self.memory.read(0, self.memory.size) if self.memory.size <= 1 * MiB else b""
-        faults = []
-        for _ in range(2):
-            with pytest.raises(QueueFault) as raised:
-                self.device.pop()
-            faults.append(raised.value.fault)
-        assert faults[0] == faults[1]
-        assert not before or self.memory.read(0, self.memory.size) == before
-        return faults[0]
 
 
 def chained(*descriptors: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:

@@ -246,7 +246,7 @@ class RequestStream:
             descriptor = descriptor._replace(id=self._index())
         else:
             descriptor = descriptor._replace(next=self._pick(self._index(), chain[0]), flags=descriptor.flags | NEXT)
-        self.ring.set_descriptor(at, descriptor)  # type: ignore[arg-type]
+        self.ring.set_descriptor(at, descriptor)
 
     def _spoil_table(self, heads: list[int]) -> None:
         if not self._tables:

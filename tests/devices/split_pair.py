@@ -1,22 +1,21 @@
 """A driver and a device that share one split queue."""
 
-import struct
-
-import pytest
+from queue_pair import TABLE as TABLE
+from queue_pair import Pair
 from watched_memory import WatchedMemory
 
 from kvmpy import MiB
 from kvmpy._shim import lib
 from kvmpy.conformance.layout import WRITE, Descriptor, place
 from kvmpy.conformance.split_ring import SplitRing
-from kvmpy.devices.virtqueue import Fault, QueueFault, SplitQueue, ring_fault
+from kvmpy.devices.virtqueue import SplitQueue, ring_fault
 
 INDIRECT_DESC, EVENT_IDX = 1 << lib.VIRTIO_RING_F_INDIRECT_DESC, 1 << lib.VIRTIO_RING_F_EVENT_IDX
-RINGS, TABLE, DATA = 0x1000, 0x8000, 0x1_0000
+RINGS, DATA = 0x1000, 0x1_0000
 SIZE = 8
 
 
-class Split:
+class Split(Pair):
     """``driver`` and ``device``, and ``memory`` that remembers who looked where."""
 
     def __init__(self, *, size: int = SIZE, features: int = INDIRECT_DESC, memory_size: int = 1 * MiB) -> None:
@@ -32,22 +31,6 @@ class Split:
             self.driver.set_descriptor(index, descriptor)
         self.driver.offer(head)
         self.driver.publish()
-
-    def table(self, *descriptors: Descriptor) -> None:
-        """Write an indirect table at TABLE."""
-        self.memory.write(TABLE, b"".join(struct.pack("<QIHH", *descriptor) for descriptor in descriptors))
-
-    def fault(self) -> Fault:
-        """Pop, which must fault, and again, and have changed nothing."""
-        before = self.memory.read(0, self.memory.size) if self.memory.size <= 1 * MiB else b""
-        faults = []
-        for _ in range(2):
-            with pytest.raises(QueueFault) as raised:
-                self.device.pop()
-            faults.append(raised.value.fault)
-        assert faults[0] == faults[1]
-        assert not before or self.memory.read(0, self.memory.size) == before
-        return faults[0]
 
 
 def read(size: int = 16, flags: int = 0, next: int = 0, gpa: int = DATA) -> Descriptor:

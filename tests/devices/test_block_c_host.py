@@ -1,19 +1,17 @@
 """The C engine and its host: files that fail, images that fail, what is durable, and O_DIRECT."""
 
 import errno
-import os
 
 import pytest
-from engine_rig import FEATURES, REQUESTS, Rig
+from engine_rig import FEATURES, Rig
 
 from kvmpy._shim import lib
-from kvmpy.conformance.driver import NO_STATUS, SEGMENT, write_request
+from kvmpy.conformance.driver import NO_STATUS, SEGMENT
 from kvmpy.conformance.image import CHUNK, PatchworkImage, State, pattern
-from kvmpy.conformance.layout import Buffer
 from kvmpy.devices.block_c import CBlock
 from kvmpy.devices.virtqueue import Fault
 from kvmpy.errors import DiskError
-from kvmpy.storage.disk import SECTOR_SIZE, Extent, SyncFailed
+from kvmpy.storage.disk import SECTOR_SIZE, SyncFailed
 
 IN, OUT, FLUSH = lib.VIRTIO_BLK_T_IN, lib.VIRTIO_BLK_T_OUT, lib.VIRTIO_BLK_T_FLUSH
 DISCARD, WRITE_ZEROES = lib.VIRTIO_BLK_T_DISCARD, lib.VIRTIO_BLK_T_WRITE_ZEROES
@@ -142,47 +140,3 @@ def test_write_is_durable_or_an_error_when_there_is_no_writeback():
         rig.engine.set_writeback(True)
         assert rig.request(OUT, 0, data_out=bytes(512)).status == OK
         assert rig.request(FLUSH).status == IOERR
-
-
-# --- alignment ----------------------------------------------------------------------------------------------------
-
-
-class TwoFiles(PatchworkImage):
-    """Aligned transfers go to one file, the others to another one, to be told apart."""
-
-    def __init__(self):
-        super().__init__([OWN] * 32)
-        self.alignment = 4096
-
-    def table(self):
-        aligned, unaligned = self._fds[:2]
-        for fd, byte in ((aligned, b"A"), (unaligned, b"U")):
-            os.pwrite(fd, byte * self.size, 0)
-        return [Extent(0, 64, aligned, 0, True, unaligned), Extent(64, 8, aligned, 4096 + 512, True, unaligned)]
-
-
-@pytest.mark.parametrize(
-    ("sector", "buffers", "byte"),
-    [
-        (0, [(0x20_0000, 4096)], b"A"),
-        (8, [(0x20_0000, 4096), (0x21_1000, 8192)], b"A"),
-        (1, [(0x20_0000, 4096)], b"U"),
-        (0, [(0x20_0200, 4096)], b"U"),
-        (0, [(0x20_0000, 512)], b"U"),
-        (0, [(0x20_0000, 4096), (0x21_0200, 4096)], b"U"),
-        (0, [(0x20_0000, 2048), (0x20_0800, 2048)], b"U"),
-        (64, [(0x20_0000, 4096)], b"U"),
-        (56, [(0x20_0000, 8192)], b"AU"),
-    ],
-)
-def test_only_what_is_aligned_goes_past_the_page_cache(sector, buffers, byte):
-    """O_DIRECT wants offsets in the file, lengths and addresses on the host aligned; each piece is judged by itself."""
-    with Rig(TwoFiles(), make_engine=CBlock) as rig:
-        request = write_request(rig.memory, REQUESTS, IN, sector)
-        chain = [request.buffers[0], *(Buffer(gpa, size, True) for gpa, size in buffers), request.buffers[1]]
-        rig.queue.ring.add(chain)
-        rig.queue.ring.publish()
-        rig.queue.queue.process()
-        assert rig.memory.read(request.status, 1)[0] == OK
-        read = b"".join(rig.memory.read(gpa, size) for gpa, size in buffers)
-        assert read == b"".join(bytes([each]) * (len(read) // len(byte)) for each in byte)

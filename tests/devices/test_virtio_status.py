@@ -126,7 +126,7 @@ def test_kick_after_reset_is_ignored(driver):
 def test_only_queues_that_are_ready_are_served(bench, driver):
     driver.start(queues=(1,))
     driver.kick(0)
-    assert [queue.setup.index for queue in bench.device.opened] == [1]
+    assert [queue.setup.queue_index for queue in bench.device.opened] == [1]
 
 
 def test_failed_ends_the_queues(bench, driver):
@@ -176,7 +176,7 @@ def test_queue_that_breaks_at_once_keeps_the_others_from_starting(bench, driver)
     driver.order(0, FAULT)
     driver.start()
     assert driver.status == LIVE | NEEDS_RESET
-    assert [queue.setup.index for queue in bench.device.opened] == [0]
+    assert [queue.setup.queue_index for queue in bench.device.opened] == [0]
 
 
 def test_queue_that_starts_while_another_breaks_is_stopped():

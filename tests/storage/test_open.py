@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from contextlib import contextmanager
 
 import pytest
 from vhd_files import dynamic, fixed, read_disk
@@ -12,6 +13,8 @@ from kvmpy.storage import files
 from kvmpy.storage.blob import PageBlob
 from kvmpy.storage.open import open_disk
 from kvmpy.units import MiB
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -91,12 +94,26 @@ def test_unknown_format_is_the_callers_mistake(raw):
         open_disk(raw, format="qcow2")
 
 
-def test_unreadable_file_is_a_disk_error(raw):
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    raw.chmod(0)
-    with pytest.raises(DiskError, match="Permission denied"):
-        open_disk(raw, format="raw")
+@contextmanager
+def as_nobody():
+    """Be a user who may read what everybody may, where we are root, to whom nothing is forbidden."""
+    user = os.geteuid()
+    os.seteuid(NOBODY if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_unreadable_file_is_a_disk_error(in_memory):
+    in_memory.chmod(0o755)
+    file = in_memory / "disk"
+    file.write_bytes(bytes(1024))
+    with as_nobody():
+        open_disk(file, format="raw", readonly=True).close()
+    file.chmod(0)
+    with as_nobody(), pytest.raises(DiskError, match="Permission denied"):
+        open_disk(file, format="raw", readonly=True)
 
 
 def test_nobody_writes_into_a_page_blob_behind_its_back(tmp_path):

@@ -8,10 +8,12 @@ import pytest
 from vhd_files import read_disk, write_disk
 
 from kvmpy.errors import DiskError, LeaseError
+from kvmpy.storage.convert import import_disk
 from kvmpy.storage.disk import SECTOR_SIZE
 from kvmpy.storage.disk_file import direct_alignment
+from kvmpy.storage.open import open_disk
 from kvmpy.storage.raw import open_raw
-from kvmpy.units import MiB
+from kvmpy.units import KiB, MiB
 
 
 @pytest.fixture
@@ -125,17 +127,32 @@ def test_direct_disk_has_a_second_descriptor_for_what_is_not_aligned(path):
         assert file.read()[512:1024] == b"y" * 512
 
 
-def test_size_of_a_block_device_is_that_of_the_device():
-    """The inode of a block device says 0: the device is asked."""
-    for name in os.listdir("/sys/block"):
-        with open(f"/sys/block/{name}/size") as file:
-            size = int(file.read()) * 512
-        try:
-            disk = open_raw(f"/dev/{name}", readonly=True)
-        except DiskError:  # not ours to read, or empty
-            continue
-        with disk:
-            assert disk.size == size
-            assert len(read_disk(disk, 0, 1)) == 512
-        return
-    pytest.skip("no block device can be read here")
+@pytest.fixture
+def block_device(tmp_path):
+    """A loop device of 1 MiB that begins with a byte of ours."""
+    (tmp_path / "image").write_bytes(b"x" + bytes(1 * MiB - 1))
+    made = subprocess.run(["losetup", "--find", "--show", tmp_path / "image"], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no loop device for us: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_block_device_is_read_and_written(block_device):
+    """The inode of a block device says size 0: the device is asked."""
+    with open_raw(block_device) as disk:
+        assert disk.size == 1 * MiB
+        write_disk(disk, 1 * MiB // SECTOR_SIZE - 1, b"y" * 512)
+    with open_raw(block_device, readonly=True) as disk:
+        assert read_disk(disk, 0, 1) == b"x" + bytes(511)
+        assert read_disk(disk, disk.size // SECTOR_SIZE - 1, 1) == b"y" * 512
+
+
+def test_block_device_is_imported(block_device, tmp_path):
+    """It knows of no holes, and its zeros take no room all the same."""
+    import_disk(block_device, str(tmp_path / "blob"), format="raw")
+    with open_disk(tmp_path / "blob", readonly=True) as blob:
+        assert blob.size == 1 * MiB
+        assert read_disk(blob, 0, 1) == b"x" + bytes(511)
+        assert blob.allocated < 64 * KiB
