@@ -17,6 +17,7 @@ SOURCES = sorted(HERE.glob("*.c"))
 STUB = ROOT / "kvmpy" / "_shim.pyi"
 
 CONSTANT = re.compile(r"^#define\s+(\w+)\s", re.MULTILINE)
+NAMES = re.compile(r"^#define (.+) \.\.\.$", re.MULTILINE)
 FUNCTION = re.compile(r"^(?:[\w ]+?[ *]+)(\w+)\(([^;{]*)\);", re.MULTILINE)
 
 
@@ -27,8 +28,13 @@ def abi_names() -> list[str]:
 
 def declarations() -> str:
     """Return all that cffi shall know: the .cdef files, and the ABI header's names."""
-    text = "\n".join(path.read_text() for path in DECLARATIONS)
+    text = NAMES.sub(_define_each, "\n".join(path.read_text() for path in DECLARATIONS))
     return text + "\n" + "\n".join(f"#define {name} ..." for name in abi_names())
+
+
+def _define_each(line: re.Match[str]) -> str:
+    """Return a ``#define`` for each name of a line that has several: our shorthand, cffi knows only one a line."""
+    return "\n".join(f"#define {name} ..." for name in line[1].split())
 
 
 def stub() -> str:

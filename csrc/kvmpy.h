@@ -14,6 +14,7 @@
 #include <linux/serial_reg.h>
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>
+#include <linux/virtio_console.h>
 #include <linux/virtio_ids.h>
 #include <linux/virtio_mmio.h>
 #include <linux/virtio_ring.h>
@@ -25,7 +26,10 @@
 #include <sys/mman.h>
 
 #include "compat.h"
+#include "memory.h"
 #include "run_loop.h"
+#include "assist.h"
+#include "native.h"
 #include "serial.h"
 #include "virtqueue.h"
 #include "block.h"

@@ -201,6 +201,9 @@ int kvmpy_handle_exit(struct kvmpy_loop *loop)
         }
     }
     loop->ring[(loop->exits_total - 1) % KVMPY_RING] = loop->exit;
+    if ((reason == KVM_EXIT_DEBUG || reason == KVM_EXIT_INTERNAL_ERROR) && loop->assist &&
+        !(loop->flags & KVMPY_LOOP_TO_PYTHON) && kvmpy_assist(loop))
+        return -1;
     bool one_out = reason == KVM_EXIT_IO && loop->exit.is_write && loop->exit.count == 1;
     return stop == KVMPY_STOP_EXIT && one_out ? KVMPY_STOP_OUT : stop;
 }

@@ -12,6 +12,7 @@
 #include <time.h>
 
 struct kvmpy_serial;
+struct kvmpy_assist;
 
 enum kvmpy_space { KVMPY_PIO, KVMPY_MMIO };
 
@@ -73,6 +74,7 @@ struct kvmpy_exit {
 
 struct kvmpy_loop {
     struct kvm_run *run;
+    struct kvmpy_assist *assist;      /* what completes instructions that KVM could not, or NULL */
     struct kvmpy_range *ranges;
     struct kvmpy_range_count *counts; /* one for each range, this vCPU's own */
     uint64_t *stamps;                 /* TSC pairs (KVM_RUN entered, KVM_RUN returned), or NULL */

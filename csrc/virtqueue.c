@@ -26,17 +26,6 @@ void kvmpy_interrupt_acknowledge(struct kvmpy_interrupt *interrupt, uint64_t bit
     __atomic_fetch_and(&interrupt->status, ~bits, __ATOMIC_SEQ_CST);
 }
 
-uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64_t size)
-{
-    for (uint32_t i = 0; i < memory->nr_regions; i++) {
-        const struct kvmpy_region *region = &memory->regions[i];
-        uint64_t offset = gpa - region->gpa; /* of a gpa below the region: more than any region has */
-        if (offset < region->size && size <= region->size - offset)
-            return region->hva + offset;
-    }
-    return NULL;
-}
-
 static uint16_t load16(const uint8_t *from)
 {
     return __atomic_load_n((const uint16_t *)from, __ATOMIC_ACQUIRE);

@@ -46,19 +46,6 @@ void kvmpy_interrupt_raise(struct kvmpy_interrupt *interrupt, uint64_t bits);
 /* Clear `bits` of the status. */
 void kvmpy_interrupt_acknowledge(struct kvmpy_interrupt *interrupt, uint64_t bits);
 
-/* Guest RAM: each region is contiguous for the guest and for us. */
-#define KVMPY_MAX_REGIONS 4
-struct kvmpy_memory {
-    struct kvmpy_region {
-        uint64_t gpa, size;
-        uint8_t *hva;
-    } regions[KVMPY_MAX_REGIONS];
-    uint32_t nr_regions;
-};
-
-/* Where [gpa, gpa+size) is, or NULL when it is not wholly inside one region. */
-uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64_t size);
-
 /* A descriptor chain, copied and checked: first the device-readable segments, then the writable ones; none is empty. */
 struct kvmpy_chain {
     struct iovec *segments;      /* the caller's; room for as many as the queue has descriptors */

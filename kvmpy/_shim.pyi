@@ -5,7 +5,6 @@ from typing import Any
 class _Library:
     def kvmpy_interrupt_raise(self, interrupt: Any, bits: Any) -> Any: ...
     def kvmpy_interrupt_acknowledge(self, interrupt: Any, bits: Any) -> Any: ...
-    def kvmpy_translate(self, memory: Any, gpa: Any, size: Any) -> Any: ...
     def kvmpy_disk_init(self, disk: Any) -> Any: ...
     def kvmpy_disk_lock(self, disk: Any) -> Any: ...
     def kvmpy_disk_unlock(self, disk: Any) -> Any: ...
@@ -16,6 +15,9 @@ class _Library:
     def memset(self, target: Any, byte: Any, size: Any) -> Any: ...
     def mlock(self, address: Any, size: Any) -> Any: ...
     def fallocate(self, fd: Any, mode: Any, offset: Any, size: Any) -> Any: ...
+    def kvmpy_native(self, native: Any) -> Any: ...
+    def kvmpy_translate(self, memory: Any, gpa: Any, size: Any) -> Any: ...
+    def kvmpy_or64(self, word: Any, bits: Any) -> Any: ...
     def kvmpy_install_kick_handler(self) -> Any: ...
     def kvmpy_run(self, loop: Any) -> Any: ...
     def kvmpy_handle_exit(self, loop: Any) -> Any: ...
@@ -69,17 +71,14 @@ class _Library:
     X86_CR0_NE: int
     X86_CR0_WP: int
     X86_CR0_PG: int
-    X86_CR0_NW: int
-    X86_CR0_CD: int
-    X86_CR4_PSE: int
     X86_CR4_PAE: int
-    X86_CR4_PGE: int
     X86_CR4_OSFXSR: int
     X86_CR4_OSXMMEXCPT: int
     X86_EFLAGS_FIXED: int
     X86_EFLAGS_IF: int
     X86_EFLAGS_TF: int
     X86_EFLAGS_RF: int
+    X86_EFLAGS_AC: int
     UART_RX: int
     UART_TX: int
     UART_DLM: int
@@ -134,13 +133,12 @@ class _Library:
     KVM_GET_IRQCHIP: int
     KVM_SET_IRQCHIP: int
     KVM_CREATE_PIT2: int
-    KVM_GET_PIT2: int
-    KVM_SET_PIT2: int
     KVM_IRQ_LINE: int
     KVM_IRQFD: int
     KVM_IOEVENTFD: int
     KVM_SIGNAL_MSI: int
     KVM_SET_GSI_ROUTING: int
+    KVM_X86_SET_MSR_FILTER: int
     KVM_ENABLE_CAP: int
     KVM_GET_CLOCK: int
     KVM_SET_CLOCK: int
@@ -175,60 +173,33 @@ class _Library:
     KVM_GET_TSC_KHZ: int
     KVM_CAP_IRQCHIP: int
     KVM_CAP_USER_MEMORY: int
-    KVM_CAP_EXT_CPUID: int
     KVM_CAP_NR_VCPUS: int
     KVM_CAP_MAX_VCPUS: int
-    KVM_CAP_MAX_VCPU_ID: int
-    KVM_CAP_NR_MEMSLOTS: int
-    KVM_CAP_MP_STATE: int
-    KVM_CAP_COALESCED_MMIO: int
-    KVM_CAP_COALESCED_PIO: int
-    KVM_CAP_IRQ_ROUTING: int
     KVM_CAP_IRQFD: int
-    KVM_CAP_IRQFD_RESAMPLE: int
     KVM_CAP_IOEVENTFD: int
-    KVM_CAP_IOEVENTFD_ANY_LENGTH: int
     KVM_CAP_PIT2: int
-    KVM_CAP_SIGNAL_MSI: int
     KVM_CAP_READONLY_MEM: int
-    KVM_CAP_SET_GUEST_DEBUG: int
-    KVM_CAP_VCPU_EVENTS: int
-    KVM_CAP_XSAVE: int
     KVM_CAP_XSAVE2: int
-    KVM_CAP_XCRS: int
     KVM_CAP_TSC_DEADLINE_TIMER: int
-    KVM_CAP_GET_TSC_KHZ: int
-    KVM_CAP_SPLIT_IRQCHIP: int
     KVM_CAP_X2APIC_API: int
     KVM_CAP_SYNC_REGS: int
     KVM_CAP_IMMEDIATE_EXIT: int
     KVM_CAP_X86_DISABLE_EXITS: int
     KVM_CAP_X86_USER_SPACE_MSR: int
     KVM_CAP_X86_MSR_FILTER: int
-    KVM_CAP_DISABLE_QUIRKS2: int
     KVM_CAP_EXIT_ON_EMULATION_FAILURE: int
     KVM_CAP_EXIT_HYPERCALL: int
     KVM_CAP_BINARY_STATS_FD: int
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: int
-    KVM_CAP_DIRTY_LOG_RING: int
-    KVM_CAP_SET_TSS_ADDR: int
-    KVM_CAP_SET_IDENTITY_MAP_ADDR: int
-    KVM_CAP_SET_BOOT_CPU_ID: int
-    KVM_CAP_HYPERV: int
-    KVM_CAP_NESTED_STATE: int
-    KVM_CAP_X86_SMM: int
-    KVM_CAP_DEBUGREGS: int
-    KVM_CAP_ADJUST_CLOCK: int
     KVM_X86_DISABLE_EXITS_MWAIT: int
     KVM_X86_DISABLE_EXITS_HLT: int
     KVM_X86_DISABLE_EXITS_PAUSE: int
     KVM_X86_DISABLE_EXITS_CSTATE: int
     KVM_X2APIC_API_USE_32BIT_IDS: int
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK: int
-    KVM_X86_QUIRK_FIX_HYPERCALL_INSN: int
     KVM_MSR_EXIT_REASON_INVAL: int
     KVM_MSR_EXIT_REASON_UNKNOWN: int
     KVM_MSR_EXIT_REASON_FILTER: int
+    KVM_MSR_FILTER_WRITE: int
     KVM_EXIT_UNKNOWN: int
     KVM_EXIT_EXCEPTION: int
     KVM_EXIT_IO: int
@@ -259,7 +230,6 @@ class _Library:
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES: int
     KVM_SYSTEM_EVENT_SHUTDOWN: int
     KVM_SYSTEM_EVENT_RESET: int
-    KVM_SYSTEM_EVENT_CRASH: int
     KVM_MEM_LOG_DIRTY_PAGES: int
     KVM_MEM_READONLY: int
     KVM_IRQFD_FLAG_DEASSIGN: int
@@ -277,13 +247,10 @@ class _Library:
     KVM_GUESTDBG_SINGLESTEP: int
     KVM_GUESTDBG_USE_SW_BP: int
     KVM_GUESTDBG_USE_HW_BP: int
-    KVM_GUESTDBG_INJECT_DB: int
-    KVM_GUESTDBG_INJECT_BP: int
     KVM_MP_STATE_RUNNABLE: int
     KVM_MP_STATE_UNINITIALIZED: int
     KVM_MP_STATE_INIT_RECEIVED: int
     KVM_MP_STATE_HALTED: int
-    KVM_MP_STATE_SIPI_RECEIVED: int
     KVM_SYNC_X86_REGS: int
     KVM_SYNC_X86_SREGS: int
     KVM_SYNC_X86_EVENTS: int
@@ -320,6 +287,8 @@ class _Library:
     VIRTIO_F_RING_PACKED: int
     VIRTIO_F_RING_RESET: int
     VIRTIO_ID_BLOCK: int
+    VIRTIO_ID_RNG: int
+    VIRTIO_ID_CONSOLE: int
     VRING_DESC_F_NEXT: int
     VRING_DESC_F_WRITE: int
     VRING_DESC_F_INDIRECT: int
@@ -333,9 +302,7 @@ class _Library:
     VRING_PACKED_EVENT_F_WRAP_CTR: int
     VIRTIO_RING_F_INDIRECT_DESC: int
     VIRTIO_RING_F_EVENT_IDX: int
-    VRING_AVAIL_ALIGN_SIZE: int
     VRING_USED_ALIGN_SIZE: int
-    VRING_DESC_ALIGN_SIZE: int
     VIRTIO_MMIO_MAGIC_VALUE: int
     VIRTIO_MMIO_VERSION: int
     VIRTIO_MMIO_DEVICE_ID: int
@@ -389,6 +356,8 @@ class _Library:
     VIRTIO_BLK_S_OK: int
     VIRTIO_BLK_S_IOERR: int
     VIRTIO_BLK_S_UNSUPP: int
+    VIRTIO_CONSOLE_F_SIZE: int
+    VIRTIO_CONSOLE_F_EMERG_WRITE: int
     KVMPY_PORT_CONSOLE: int
     KVMPY_PORT_EXIT: int
     KVMPY_PORT_SERIAL: int

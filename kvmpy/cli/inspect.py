@@ -29,7 +29,12 @@ def execute(arguments: Namespace) -> int:
 
 def text(found: Inspection) -> str:
     """Return an inspection as aligned lines."""
-    rows = [("file", found.path), ("size", f"{found.size} bytes"), ("what", found.what)]
+    rows = [("file", found.path), ("size", f"{found.size} bytes")]
+    if found.unpacked_size is not None:
+        rows.append(("packed", f"with {found.packed_with}: {found.unpacked_size} bytes unpacked"))
+    rows.append(("what", found.what))
+    if found.linux is not None:
+        rows.append(("linux", found.linux))
     rows.append(("boots", f"as {found.boots}" if found.boots else f"no: {found.error}"))
     lines = [f"{name:<8}{value}" for name, value in rows]
     for offer in found.offers:

@@ -60,7 +60,7 @@ class CBlock:
 
     def __init__(self, memory: GuestMemory, image: DiskImage, settings: BlockSettings) -> None:
         self._memory = memory  # held: C has its addresses
-        self._regions = _regions(memory)
+        self._regions = memory.table
         self._image = image
         self._image_lock = Lock()
         self._lock = Lock()
@@ -246,12 +246,3 @@ class CQueue:
             os.close(self._stop_fd)
             self._stop_fd = -1
         self._engine.forget(self._queue)
-
-
-def _regions(memory: GuestMemory) -> Any:
-    """Return guest memory as a ``struct kvmpy_memory *``."""
-    regions = ffi.new("struct kvmpy_memory *")
-    for i, region in enumerate(memory.regions):
-        regions.regions[i] = (region.gpa, region.size, ffi.cast("uint8_t *", region.hva))
-        regions.nr_regions = i + 1
-    return regions

@@ -62,7 +62,7 @@ class Vcpu:
         self._sync = bool(vm.kvm.check_extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
         if self._sync:
             self._page[1].kvm_valid_regs = lib.KVM_SYNC_X86_REGS
-        self._completed = False
+        self._completed, self.assist = False, ffi.NULL
         self.use_ranges(RangeTable())
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -74,6 +74,10 @@ class Vcpu:
         self._loop.ranges = table.pointer
         self._loop.nr_ranges = table.length
         self._loop.counts = self._counts
+
+    def use_assist(self, assist: Any) -> None:
+        """Let C complete instructions that KVM could not, by this ``struct kvmpy_assist *``, which becomes `assist`."""
+        self.assist = self._loop.assist = assist
 
     def next_exit(self) -> Exit:
         """Run the guest until an exit that is not C's, a kick, or the end of the budget, and return it.
@@ -134,6 +138,10 @@ class Vcpu:
     def set_budget(self, *, max_exits: int | None = None, timeout: float | None = None) -> None:
         """Stop after ``max_exits`` more exits or ``timeout`` seconds from now; None lifts the limit."""
         self._loop.max_exits = NO_BUDGET if max_exits is None else min(self.exits_total + max_exits, NO_BUDGET)
+        self.set_deadline(timeout)
+
+    def set_deadline(self, timeout: float | None) -> None:
+        """Stop with DeadlinePassed ``timeout`` seconds from now; None lifts the limit."""
         deadline_ns = time.monotonic_ns() + int((timeout or 0) * 1e9)
         self._loop.deadline_ns = 0 if timeout is None else min(max(deadline_ns, 1), NO_BUDGET)
 

@@ -6,7 +6,7 @@ Source: KVM API §4, "VM ioctls".
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from kvmpy._shim import ffi, lib
@@ -193,6 +193,18 @@ class Vm:
                 entry.u.irqchip.irqchip = route.irqchip
                 entry.u.irqchip.pin = route.pin
         ioctl(self.fd, "KVM_SET_GSI_ROUTING", table)
+
+    def filter_msr_writes(self, indices: Sequence[int]) -> None:
+        """Bring guest writes of these MSRs, up to 16, to user space as Wrmsr; all other MSRs are KVM's as before.
+
+        The next call replaces the list. Needs KVM_CAP_X86_USER_SPACE_MSR enabled with KVM_MSR_EXIT_REASON_FILTER,
+        else the guest gets #GP. Source: KVM API §4.97.
+        """
+        none = ffi.new("__u8[]", 1)  # a bit each, of one MSR: denied
+        request = ffi.new("struct kvm_msr_filter *")
+        for i, index in enumerate(indices):
+            request.ranges[i] = (lib.KVM_MSR_FILTER_WRITE, 1, index, none)
+        ioctl(self.fd, "KVM_X86_SET_MSR_FILTER", request, f"msrs {[f'0x{index:x}' for index in indices]}")
 
     # --- clocks and figures -------------------------------------------------------------------------------------
 

@@ -3,11 +3,14 @@ r"""Minimal ACPI: what a kernel needs to find the cores, the interrupts, the ser
 ::
 
     RSDP -+-> RSDT -+-> FADT -+-> FACS
-          +-> XSDT -+         +-> DSDT    \_S5, \_SB.COM1, and \_SB.VI00 ... where virtio devices are told here
+          +-> XSDT -+         +-> DSDT    \_S5, \_SB.COM1, RTC, PWRB, GED, and VI00 ... where virtio is told here
                     +-> MADT
 
 All lie from layout.ACPI_TABLES, the RSDP first, where both a scan of 0xe0000-0xfffff and a boot protocol's pointer
-find it. There is no SMM, no PM timer, no general-purpose event and no button.
+find it. There is no SMM, no PM timer and no general-purpose event. The power button is a device of the DSDT; the host
+presses it by the GSI with which it also asks guests that have no ACPI to stop:
+
+    KVMPY_STOP_GSI, an edge --> GED: _EVT --> Notify (PWRB, 0x80) --> the kernel's driver of the button --> user space
 
 Source: ACPI 6.5 §5.2. Floor: machine.
 """
@@ -32,7 +35,8 @@ NO_REGISTER = bytes(12)
 
 # FADT, IAPC_BOOT_ARCH (§5.2.9.3). Of the keyboard controller there is the reset line.
 LEGACY_DEVICES, KEYBOARD_CONTROLLER, VGA_NOT_PRESENT = 1 << 0, 1 << 1, 1 << 2
-# FADT, flags (§5.2.9, table 5.10). The buttons and the RTC alarm: set says that the PM1 registers do not have it.
+# FADT, flags (§5.2.9, table 5.10). The buttons and the RTC alarm: set says that the PM1 registers do not have it. The
+# power button is then a device of the DSDT.
 WBINVD, PROC_C1, NO_POWER_BUTTON, NO_SLEEP_BUTTON, NO_RTC_ALARM = 1 << 0, 1 << 2, 1 << 4, 1 << 5, 1 << 6
 RESET_REG_SUP = 1 << 10
 RESET_VALUE = 6
@@ -50,6 +54,9 @@ AS_THE_BUS = 0
 LEVEL_ACTIVE_HIGH = 3 << 2 | 1
 ALL_PROCESSORS, ALL_X2APIC_PROCESSORS = 0xFF, 0xFFFF_FFFF
 NMI_LINT = 1
+
+BUTTON_PRESSED = 0x80
+"""The notification of a power button while the machine is on (ACPI 6.5 §5.6.6)."""
 
 
 def write(memory: GuestMemory, cores: int, virtio: Sequence[VirtioWindow] = ()) -> None:
@@ -123,7 +130,7 @@ def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
         *(event, 0, control, 0, 0, 0, 0, 0),  # PM1a, PM1b event; PM1a, PM1b control; PM2; PM timer; GPE0, GPE1
         *(4, 2, 0, 0, 0, 0, 0, 0),  # lengths: PM1 event, PM1 control, PM2, PM timer, GPE0, GPE1; GPE1 base; _CST
         *(NO_C2_LATENCY, NO_C3_LATENCY, 0, 0),
-        *(0, 0, 0, 0, 0),  # duty cycle; day alarm, month alarm, century of the RTC
+        *(0, 0, 0, 0, layout.CMOS_CENTURY),  # duty cycle; day alarm, month alarm, century of the RTC
         *(boot_flags, 0, flags),
     )
     reset = _io_register(lib.KVMPY_PORT_RESET, 8, BYTE_ACCESS) + struct.pack("<BHB", RESET_VALUE, 0, 5)
@@ -160,21 +167,40 @@ def _madt_entries(cores: int) -> Iterator[bytes]:
 
 
 def dsdt(virtio: Sequence[VirtioWindow] = ()) -> bytes:
-    r"""Return the DSDT: COM1, virtio devices, and \_S5, the number that powers off when written to PM1a control.
+    r"""Return the DSDT: the devices, and \_S5, the number that powers off when written to PM1a control.
 
     Source: ACPI 6.5 §7.4.2 (_Sx: SLP_TYP of PM1a, of PM1b, two reserved), §4.8.3.2.1.
     """
-    resources = aml.resource_template(aml.io_ports(lib.KVMPY_PORT_SERIAL, 8), aml.irq(lib.KVMPY_IRQ_SERIAL))
-    com1 = aml.device(
-        "COM1",
-        aml.name("_HID", aml.eisa_id("PNP0501")),
-        aml.name("_UID", aml.integer(1)),
-        aml.name("_CRS", resources),
-    )
-    devices = [virtio_device(i, window) for i, window in enumerate(virtio)]
+    com1 = _isa_device("COM1", "PNP0501", lib.KVMPY_PORT_SERIAL, 8, lib.KVMPY_IRQ_SERIAL)
+    rtc = _isa_device("RTC", "PNP0B00", layout.CMOS_PORT, 2, layout.RTC_IRQ)
+    devices = [com1, rtc, *power_button(), *(virtio_device(i, window) for i, window in enumerate(virtio))]
     soft_off = aml.package(aml.integer(lib.KVMPY_ACPI_S5), aml.integer(0), aml.integer(0), aml.integer(0))
     # Revision 2: integers are of 64 bits (§5.2.11.1).
-    return system_table(b"DSDT", 2, aml.scope("\\_SB", com1, *devices) + aml.name("\\_S5", soft_off))
+    return system_table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", soft_off))
+
+
+def _isa_device(name: str, hid: str, port: int, ports: int, irq: int) -> bytes:
+    return aml.device(
+        name,
+        aml.name("_HID", aml.eisa_id(hid)),
+        aml.name("_UID", aml.integer(1)),
+        aml.name("_CRS", aml.resource_template(aml.io_ports(port, ports), aml.irq(irq))),
+    )
+
+
+def power_button() -> tuple[bytes, bytes]:
+    """Return the power button, and the generic event device that says it was pressed: it has no other interrupt.
+
+    Source: ACPI 6.5 §4.8.2.2.1.2 (control method power button), §5.6.9 (interrupt-signaled events).
+    """
+    button = aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")))
+    events = aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_CRS", aml.resource_template(aml.interrupt(lib.KVMPY_STOP_GSI))),
+        aml.method("_EVT", 1, aml.notify("PWRB", BUTTON_PRESSED)),
+    )
+    return button, events
 
 
 def virtio_device(index: int, window: VirtioWindow) -> bytes:

@@ -2,7 +2,7 @@
 
     scope("\\\\_SB", device("COM1", name("_HID", eisa_id("PNP0501"))))
 
-Not here: methods, and the tables around the code (`kvmpy.machine.acpi`).
+Of what a method may do there is only Notify. Not here: the tables around the code (`kvmpy.machine.acpi`).
 
 Source: ACPI 6.5 §20.2 (AML grammar), §6.4 (resource data types). Floor: machine.
 """
@@ -16,6 +16,8 @@ BYTE, WORD, DWORD, STRING, QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 SCOPE = b"\x10"
 BUFFER = b"\x11"
 PACKAGE = b"\x12"
+METHOD = b"\x14"
+NOTIFY = b"\x86"
 DEVICE = b"\x5b\x82"
 ROOT = b"\\"
 
@@ -98,6 +100,16 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     """Return ``Device (path) {terms}``."""
     return _sized(DEVICE, name_string(path) + b"".join(terms))
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Return ``Method (path, arguments) {terms}``, with 0 to 7 arguments; not serialized. Source: §20.2.5.2."""
+    return _sized(METHOD, name_string(path) + bytes([arguments]) + b"".join(terms))
+
+
+def notify(path: str, value: int) -> bytes:
+    """Return ``Notify (path, value)``: tell the drivers of a device. Source: ACPI 6.5 §20.2.5.3."""
+    return NOTIFY + name_string(path) + integer(value)
 
 
 def eisa_id(text: str) -> bytes:

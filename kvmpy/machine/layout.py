@@ -72,6 +72,11 @@ LOCAL_APIC = 0xFEE0_0000
 IDENTITY_MAP = 0xFFFB_C000
 TSS = 0xFFFB_D000
 
+CMOS_PORT = 0x70
+CMOS_CENTURY = 0x32
+"""The register with the century: the chip has none, and PCs disagree; the FADT tells a kernel."""
+RTC_IRQ = 8
+
 REAL_MODE_ENTRY = 0x1000
 """Where a flat real-mode image loads and starts when nothing else is said."""
 
@@ -113,7 +118,7 @@ def virtio_windows(count: int) -> tuple[VirtioWindow, ...]:
     """
     if count > len(VIRTIO_GSIS):
         allowed = f"up to {len(VIRTIO_GSIS)}, one for each free interrupt pin"
-        raise ValueError(f"{count} virtio devices (disks): allowed is {allowed}")
+        raise ValueError(f"{count} virtio devices (disks, rng, console): allowed is {allowed}")
     return tuple(VirtioWindow(VIRTIO_MMIO + i * VIRTIO_MMIO_SIZE, gsi) for i, gsi in enumerate(VIRTIO_GSIS[:count]))
 
 

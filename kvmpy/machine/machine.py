@@ -5,6 +5,7 @@ Knows no device and no boot protocol: what hangs on the buses and where the firs
 
 import errno
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from enum import StrEnum
@@ -14,6 +15,8 @@ from kvmpy._shim import lib
 from kvmpy.errors import CapabilityMissing
 from kvmpy.kvm import (
     BudgetSpent,
+    DeadlinePassed,
+    Debug,
     Exit,
     ExitPort,
     InternalError,
@@ -33,6 +36,7 @@ from kvmpy.kvm.ranges import FastRange
 from kvmpy.kvm.vm import IrqchipRoute
 from kvmpy.machine import layout, mptable
 from kvmpy.machine.bus import AddressRange, Bus, Mode
+from kvmpy.machine.completer import Completer
 from kvmpy.machine.cpuid import cpuid_for
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.machine.vcpu_thread import VcpuThread
@@ -50,6 +54,7 @@ class EndReason(StrEnum):
 
     EXIT_PORT = "exit port"
     POWER_OFF = "power-off"
+    PANIC = "kernel panic"
     RESET = "reset"
     SHUTDOWN = "triple fault"
     INTERNAL_ERROR = "KVM internal error"
@@ -143,9 +148,7 @@ class Machine:
         vm.create_irqchip()
         vm.set_gsi_routing(_pc_routes())
         vm.create_pit2()
-        # Without it the host's KVM turns some emulation failures into #UD for the guest, and we would not see them.
-        if vm.check_extension(lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE):
-            vm.enable_cap(lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+        self.completer = Completer(vm, self.memory)
 
     # --- power --------------------------------------------------------------------------------------------------
 
@@ -186,6 +189,7 @@ class Machine:
     def _prepare(self, vcpu: Vcpu) -> None:
         vcpu.set_cpuid2(cpuid_for(self._supported_cpuid, vcpu.vcpu_id, self.cores, tsc_deadline=self._tsc_deadline))
         vcpu.use_ranges(self._table)
+        self.completer.attach(vcpu)
         # The PICs reach the first processor through LINT0: virtual-wire mode (MP specification 1.4 §3.6.2.2).
         lapic = vcpu.get_state("LAPIC")
         for register, value in ((LINT0, LVT_EXTINT), (LINT1, LVT_NMI)):
@@ -198,6 +202,8 @@ class Machine:
         if self.end is not None:
             return
         for thread in self.threads:
+            if self.completer.finish_strings:
+                thread.call(self.completer.begin)
             thread.resume()
         if self.end is not None:  # just now: its kick may have come before we resumed
             self._kick()
@@ -229,6 +235,10 @@ class Machine:
                 if space_owner is owner:
                     reads, writes = reads + range_reads, writes + range_writes
         return reads, writes
+
+    def assists(self) -> Counter[str]:
+        """Return how often each assist was used, by name, over all vCPUs."""
+        return self.completer.counts(self.vcpus())
 
     def finish(self, end: End) -> None:
         """Say that the run is over; only the first call counts. From any thread."""
@@ -273,6 +283,8 @@ class Machine:
 
     def _handle_in_turn(self, vcpu: Vcpu, exit: Exit) -> bool:
         """As `_handle`, for several vCPUs: one at a time, so that a device needs no lock against the others."""
+        if isinstance(exit, InternalError | Debug | DeadlinePassed):  # no device's
+            return self._handle(vcpu, exit)
         with self._device_lock:
             return self._handle(vcpu, exit)
 
@@ -290,7 +302,8 @@ class Machine:
             case MmioRead(phys_addr=gpa, size=size):
                 exit.reply(self.mmio.read(gpa, size))
             case _:
-                self._finish_with(vcpu, exit)
+                if not self.completer.complete(vcpu, exit):
+                    self._finish_with(vcpu, exit)
 
     def _finish_with(self, vcpu: Vcpu, exit: Exit) -> None:
         reason, value = EndReason.UNHANDLED, 0

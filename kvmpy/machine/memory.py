@@ -77,6 +77,10 @@ class GuestMemory:
         self._view = memoryview(self._mmap)
         self.backing = ("memfd" if shared else "anonymous memory") + (", 2 MiB pages" if hugepages else "")
         self.regions: tuple[MemoryRegion, ...] = tuple(self._regions(start))
+        self.table = ffi.new("struct kvmpy_memory *", {"nr_regions": len(self.regions)})
+        """The same for C; whoever gives it to C keeps it alive."""
+        for i, region in enumerate(self.regions):
+            self.table.regions[i] = (region.gpa, region.size, ffi.cast("uint8_t *", region.hva))
 
     def _map(self, length: int) -> mmap.mmap:
         if self.fd < 0:
@@ -128,6 +132,14 @@ class GuestMemory:
     def fill(self, gpa: int, size: int, byte: int = 0) -> None:
         """Set ``size`` bytes to ``byte``: the VMM clears, never the guest. Raises GuestMemoryError."""
         lib.memset(ffi.from_buffer(self.view(gpa, size)), byte, size)
+
+    def clear(self) -> None:
+        """Make all of it zeros; what is not locked goes back to the host. No vCPU and no device uses it meanwhile."""
+        try:
+            self._mmap.madvise(mmap.MADV_REMOVE if self.fd >= 0 else mmap.MADV_DONTNEED)
+        except OSError:  # EINVAL: it is locked
+            for region in self.regions:
+                self.fill(region.gpa, region.size)
 
     def populate(self) -> None:
         """Back all of it with host memory now. Raises OSError (ENOMEM)."""

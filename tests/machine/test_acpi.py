@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -123,6 +124,18 @@ def test_fadt_resets_by_cf9_and_is_not_hardware_reduced() -> None:
     assert tables.word("<H", 109) & 2 == 2
 
 
+def test_fadt_says_where_buttons_alarm_and_century_are() -> None:
+    """ACPI 6.5 table 5.10: PWR_BUTTON (4), SLP_BUTTON (5), FIX_RTC (6) set: not in the PM1 registers; RTC_S4 (7) clear.
+
+    ACPI 6.5 table 5.9: no day and no month of an alarm; the century is in CMOS register 0x32. IAPC_BOOT_ARCH bit 5,
+    no CMOS RTC, is clear.
+    """
+    tables = Tables(1)
+    assert tables.word("<I", 112) >> 4 & 0xF == 0b0111
+    assert tables.fadt[106:109] == bytes([0, 0, 0x32])
+    assert tables.word("<H", 109) & 1 << 5 == 0
+
+
 def test_fadt_has_no_smi_command_and_no_pm_timer() -> None:
     """ACPI 6.5 table 5.9: SMI_CMD of zero, always in ACPI mode; PM_TMR_LEN of zero with PM_TMR_BLK of zero."""
     tables = Tables(1)
@@ -195,6 +208,12 @@ def decode_terms(code: bytes) -> dict[str, object]:
             path, code = decode_name(code[1:])
             terms[path], code = decode_value(code)
             continue
+        if code[:1] == b"\x14":
+            length, width = decode_length(code[1:])
+            path, body = decode_name(code[1 + width : 1 + length])
+            terms[path] = Method(body[0], decode_statements(body[1:]))
+            code = code[1 + length :]
+            continue
         opcode = 2 if code[:2] == b"\x5b\x82" else 1
         assert opcode == 2 or code[:1] == b"\x10"
         length, width = decode_length(code[opcode:])
@@ -202,6 +221,24 @@ def decode_terms(code: bytes) -> dict[str, object]:
         terms[path] = decode_terms(inner)
         code = code[opcode + length :]
     return terms
+
+
+class Method(NamedTuple):
+    """Flags: bits 2 to 0 the number of arguments, bit 3 serialized (ACPI 6.5 §20.2.5.2)."""
+
+    flags: int
+    statements: list[tuple[object, ...]]
+
+
+def decode_statements(code: bytes) -> list[tuple[object, ...]]:
+    """Return what a method does: it only notifies (§20.2.5.3)."""
+    statements: list[tuple[object, ...]] = []
+    while code:
+        assert code[0] == 0x86
+        path, code = decode_name(code[1:])
+        value, code = decode_value(code)
+        statements.append(("Notify", path, value))
+    return statements
 
 
 def decode_name(code: bytes) -> tuple[str, bytes]:
@@ -235,22 +272,43 @@ def decode_value(code: bytes) -> tuple[object, bytes]:
     return elements, after
 
 
-def test_dsdt_holds_soft_off_and_com1() -> None:
+def test_dsdt_holds_soft_off_com1_the_rtc_and_a_power_button() -> None:
     """ACPI 6.5 §7.4.2 (_Sx), §6.1.5 (_HID), §6.2.2 (_CRS): and nothing else."""
     dsdt = Tables(1).named("DSDT")
     assert dsdt[8] == 2
     namespace = decode_terms(dsdt[36:])
-    resources = bytes.fromhex("47 01 f803 f803 01 08  22 1000  79 00")
-    com1 = {"_HID": 0x0105_D041, "_UID": 1, "_CRS": resources}
-    assert namespace == {"\\_SB_": {"COM1": com1}, "\\_S5_": [lib.KVMPY_ACPI_S5, 0, 0, 0]}
+    com1 = bytes.fromhex("47 01 f803 f803 01 08  22 1000  79 00")
+    rtc = bytes.fromhex("47 01 7000 7000 01 02  22 0001  79 00")
+    devices = {
+        "COM1": {"_HID": 0x0105_D041, "_UID": 1, "_CRS": com1},
+        "RTC_": {"_HID": 0x000B_D041, "_UID": 1, "_CRS": rtc},
+        "PWRB": {"_HID": 0x0C0C_D041},
+        "GED_": GED,
+    }
+    assert namespace == {"\\_SB_": devices, "\\_S5_": [lib.KVMPY_ACPI_S5, 0, 0, 0]}
+
+
+GED = {
+    "_HID": "ACPI0013",
+    "_CRS": b"\x89\x06\x00\x03\x01" + struct.pack("<I", lib.KVMPY_STOP_GSI) + b"\x79\x00",
+    "_EVT": Method(1, [("Notify", "PWRB", 0x80)]),
+}
+"""ACPI 6.5 §5.6.9: an interrupt (a consumer's, edge, high, exclusive), whose number _EVT gets as its argument."""
+
+
+def test_power_button_has_a_pin_of_its_own() -> None:
+    """An edge cannot be shared: not with a virtio device, not with a chip of the board."""
+    taken = {0, 1, 2, lib.KVMPY_IRQ_SERIAL, layout.RTC_IRQ, lib.KVMPY_IRQ_ACPI, 13, *layout.VIRTIO_GSIS}
+    assert lib.KVMPY_STOP_GSI not in taken
 
 
 @pytest.mark.parametrize("count", [1, 8, 16])
 def test_dsdt_announces_virtio_devices_when_asked(count: int) -> None:
     """ACPI 6.5 §6.4.3.4: 32-bit fixed memory, writable. §6.4.3.6: a consumer's interrupt, edge, high, exclusive."""
     windows = layout.virtio_windows(count)
-    com1, *devices = decode_terms(acpi.dsdt(windows)[36:])["\\_SB_"].items()
-    assert com1[0] == "COM1"
+    devices = list(decode_terms(acpi.dsdt(windows)[36:])["\\_SB_"].items())
+    assert [name for name, _ in devices[:4]] == ["COM1", "RTC_", "PWRB", "GED_"]
+    del devices[:4]
     for i, ((_, device), window) in enumerate(zip(devices, windows, strict=True)):
         registers = b"\x86\x09\x00\x01" + struct.pack("<II", window.gpa, 0x1000)
         interrupt = b"\x89\x06\x00\x03\x01" + struct.pack("<I", window.gsi)
@@ -290,6 +348,15 @@ def test_package_beyond_28_bits_is_refused(size: int) -> None:
 def test_integer_comes_back(value: int) -> None:
     """ACPI 6.5 §20.2.3: ZeroOp, OneOp, or a prefix and 1, 2, 4 or 8 bytes."""
     assert decode_value(aml.integer(value)) == (value, b"")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 7), st.lists(st.integers(0, 255), max_size=40))
+def test_method_comes_back(arguments: int, values: list[int]) -> None:
+    """ACPI 6.5 §20.2.5.2, §20.2.5.3: the length counts name, flags and statements."""
+    code = aml.method("_EVT", arguments, *(aml.notify("\\PWRB", value) for value in values))
+    namespace = decode_terms(code + aml.name("LAST", aml.integer(1)))
+    assert namespace == {"_EVT": Method(arguments, [("Notify", "\\PWRB", value) for value in values]), "LAST": 1}
 
 
 @settings(deadline=None, max_examples=50)

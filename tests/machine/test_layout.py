@@ -99,7 +99,7 @@ def test_each_virtio_device_has_an_interrupt_of_its_own() -> None:
 
 
 def test_more_devices_than_interrupt_pins_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"17 virtio devices \(disks\): allowed is up to 16"):
+    with pytest.raises(ValueError, match=r"17 virtio devices \(disks, rng, console\): allowed is up to 16"):
         virtio_windows(17)
 
 

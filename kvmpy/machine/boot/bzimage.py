@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from kvmpy.machine import layout
 from kvmpy.machine.boot.image import ImageFile
-from kvmpy.machine.boot.place import Arena, align_up, c_string, low_ram_end, place_files, read_rsdp
+from kvmpy.machine.boot.packed import LONGEST_MAGIC, Packing, recognise
+from kvmpy.machine.boot.place import Arena, align_up, enough_memory, linux_cmdline, low_ram_end, place_files, read_rsdp
 from kvmpy.machine.boot.plan import BootOptions, CpuMode, Entry, Found, PlacedFile, Plan, Segment
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.units import format_size
@@ -76,6 +77,8 @@ KERNEL_ALIGNMENT = Field(0x230, 4)
 RELOCATABLE_KERNEL = Field(0x234, 1)
 XLOADFLAGS = Field(0x236, 2)
 CMDLINE_SIZE = Field(0x238, 4)
+PAYLOAD_OFFSET = Field(0x248, 4)
+PAYLOAD_LENGTH = Field(0x24C, 4)
 PREF_ADDRESS = Field(0x258, 8)
 INIT_SIZE = Field(0x260, 4)
 E820_TABLE = 0x2D0
@@ -100,6 +103,31 @@ class Kernel(NamedTuple):
         """Whether it runs from another address than the one it prefers."""
         return bool(RELOCATABLE_KERNEL.get(self.raw))
 
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Where it may be loaded, the best place first."""
+        preferred, alignment = PREF_ADDRESS.get(self.raw), KERNEL_ALIGNMENT.get(self.raw)
+        if not self.relocatable:
+            return (preferred,)
+        lowest = align_up(layout.HIGH_MEMORY, alignment)
+        # From another address than an aligned one it would move itself: then there is nothing to prefer.
+        return (preferred, lowest) if preferred % alignment == 0 else (lowest,)
+
+    @property
+    def least_end(self) -> int:
+        """The lowest address at which it may end; out of reach when it may not lie above 1 MiB."""
+        high = (gpa for gpa in self.candidates if gpa >= layout.HIGH_MEMORY)
+        return min(high, default=layout.HOLE) + self.room
+
+
+class Payload(NamedTuple):
+    """The packed kernel in a bzImage: bytes of the file. ``packing`` is None when its magic is unknown."""
+
+    offset: int
+    size: int
+    packing: Packing | None
+    unpacked_size: int
+
 
 def probe(image: ImageFile) -> Found | None:
     """Tell whether this is a bzImage. Raises ImageError when it is and cannot be booted."""
@@ -110,6 +138,11 @@ def probe(image: ImageFile) -> Found | None:
     notes = [f"needs 0x{kernel.room:x} bytes from its load address (init_size)"]
     if kernel.relocatable:
         notes.append(f"relocatable, aligned to 0x{KERNEL_ALIGNMENT.get(kernel.raw):x}")
+    payload = find_payload(image, kernel)
+    if payload is not None:
+        packing = payload.packing.name if payload.packing else "something unknown"
+        sizes = f"{payload.size} bytes at offset 0x{payload.offset:x}, unpacked {payload.unpacked_size}"
+        notes.append(f"compressed with {packing}: {sizes}")
     return Found((_segment(kernel, gpa),), CpuMode.LONG, gpa + ENTRY_64, tuple(notes))
 
 
@@ -120,16 +153,25 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
         ImageError: the file is no bzImage with a 64-bit entry point, or it, the initrd or the command line do not fit.
         ValueError: the command line is too long for any kernel here.
     """
+    return _plan(image, _demand(image), memory, options)
+
+
+def _demand(image: ImageFile) -> Kernel:
     kernel = parse(image)
     if kernel is None:
         raise image.error("no bzImage: no HdrS at 0x202", HEADER.offset)
-    cmdline = c_string(options.linux_cmdline)
+    return kernel
+
+
+def _plan(image: ImageFile, kernel: Kernel, memory: GuestMemory, options: BootOptions) -> Plan:
+    cmdline = linux_cmdline(options)
     limit = CMDLINE_SIZE.get(kernel.raw)
     if len(cmdline) - 1 > limit:
-        message = f"command line of {len(cmdline) - 1} bytes: this kernel takes {limit}"
+        message = f"command line of {len(cmdline) - 1} bytes{options.shares}: this kernel takes {limit}"
         raise image.error(message, CMDLINE_SIZE.offset)
-    ceiling = INITRD_ADDR_MAX.get(kernel.raw) + 1
-    files = place_files(image, options.files, memory, ceiling=min(ceiling, layout.HOLE), at=INITRD_ADDR_MAX.offset)
+    ceiling = min(INITRD_ADDR_MAX.get(kernel.raw) + 1, layout.HOLE)
+    end, at = kernel.least_end, INITRD_ADDR_MAX.offset
+    files = place_files(image, options.files, memory, kernel_end=end, ceiling=ceiling, at=at)
     gpa = _load_address(image, kernel, memory, files)
     strings = Arena(layout.COMMAND_LINES, layout.COMMAND_LINES_SIZE, "command line")
     params = boot_params(kernel, gpa, strings.put(cmdline), files, memory)
@@ -138,8 +180,20 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
 
 
 def load(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Entry:
-    """Write kernel, initrd and zero page into the guest and return how to start. Raises as `plan` does."""
-    return plan(image, memory, options).carry_out(image, memory)
+    """Write kernel, initrd and zero page into the guest and return how to start.
+
+    With ``options.unpack`` it is the unpacked kernel, where that can be: the entry's notes say which.
+
+    Raises:
+        ImageError, ValueError: as `plan` does; the packed kernel is damaged.
+    """
+    kernel = _demand(image)
+    planned = _plan(image, kernel, memory, options)
+    if not options.unpack:
+        return planned.carry_out(image, memory)
+    from kvmpy.machine.boot import unpack  # with three libraries that no other start needs
+
+    return unpack.load_kernel(image, find_payload(image, kernel), memory, planned)
 
 
 def parse(image: ImageFile) -> Kernel | None:
@@ -164,16 +218,31 @@ def parse(image: ImageFile) -> Kernel | None:
     return Kernel(raw, offset, size, max(size, INIT_SIZE.get(raw)))
 
 
-def version_text(image: ImageFile) -> str:
-    """Return the kernel's own version line and its boot protocol, as far as a possibly broken file tells them."""
+def find_payload(image: ImageFile, kernel: Kernel) -> Payload | None:
+    """Return where the packed kernel lies; None when the header names none, or one that leaves the file."""
+    start, size = PAYLOAD_OFFSET.get(kernel.raw), PAYLOAD_LENGTH.get(kernel.raw)
+    if size < LONGEST_MAGIC or start + size > kernel.size:
+        return None
+    offset = kernel.offset + start
+    unpacked_size = int.from_bytes(image.read(offset + size - 4, 4), "little")
+    return Payload(offset, size, recognise(image.read(offset, LONGEST_MAGIC)), unpacked_size)
+
+
+def version_line(image: ImageFile) -> str:
+    """Return what the kernel says of its version, as far as a possibly broken file tells it; often nothing."""
     raw = image.head(HEADER_LIMIT)
-    pointer = KERNEL_VERSION.get(raw)
+    pointer = KERNEL_VERSION.get(raw) if HEADER.get(raw) == HEADER_MAGIC else 0
     at = pointer + SECTOR_SIZE
     # 0: there is no such line.
     line = image.read(at, min(128, image.size - at)) if pointer and at < image.size else b""
-    text = "".join(chr(byte) for byte in line.partition(b"\0")[0] if 0x20 <= byte < 0x7F)
-    version = VERSION.get(raw)
-    return f"{text or 'of unknown version'}, boot protocol {version >> 8}.{version & 0xFF:02}"
+    return "".join(chr(byte) for byte in line.partition(b"\0")[0] if 0x20 <= byte < 0x7F)
+
+
+def version_text(image: ImageFile) -> str:
+    """Return `version_line` and the boot protocol."""
+    version = VERSION.get(image.head(HEADER_LIMIT))
+    line = version_line(image) or "of unknown version"
+    return f"{line}, boot protocol {version >> 8}.{version & 0xFF:02}"
 
 
 def _check_protocol(image: ImageFile, raw: bytes) -> None:
@@ -181,16 +250,22 @@ def _check_protocol(image: ImageFile, raw: bytes) -> None:
         raise image.error(f"boot_flag 0x{BOOT_FLAG.get(raw):x}: 0xaa55 is wanted", BOOT_FLAG.offset)
     version = VERSION.get(raw)
     if version < LEAST_VERSION:
-        text = f"{version >> 8}.{version & 0xFF:02}"
-        raise image.error(f"boot protocol {text} has no 64-bit entry: 2.12 is wanted", VERSION.offset)
+        text = f"boot protocol {version >> 8}.{version & 0xFF:02}{_release(image)}"
+        raise image.error(f"{text} has no 64-bit entry: 2.12 (Linux 3.8) or later is wanted", VERSION.offset)
     if not XLOADFLAGS.get(raw) & XLF_KERNEL_64:
-        raise image.error("no 64-bit entry (XLF_KERNEL_64 is not set): a 64-bit kernel is wanted", XLOADFLAGS.offset)
+        message = f"no 64-bit entry (XLF_KERNEL_64 is not set){_release(image)}: a 64-bit kernel is wanted"
+        raise image.error(message, XLOADFLAGS.offset)
     if not LOADFLAGS.get(raw) & LOADED_HIGH:
         raise image.error("a zImage, loaded below 1 MiB: a bzImage is wanted", LOADFLAGS.offset)
     end = _header_end(raw)
     if not HEADER_LEAST_END <= end <= HEADER_LIMIT:
         message = f"setup header ends at 0x{end:x}: 0x{HEADER_LEAST_END:x} to 0x{HEADER_LIMIT:x} are possible"
         raise image.error(message, JUMP_DISTANCE.offset)
+
+
+def _release(image: ImageFile) -> str:
+    words = version_line(image).split(maxsplit=1)
+    return f" of Linux {words[0]}" if words else ""
 
 
 def _header_end(raw: bytes) -> int:
@@ -208,19 +283,16 @@ def _load_address(image: ImageFile, kernel: Kernel, memory: GuestMemory, files: 
     Raises:
         ImageError: there is no room.
     """
-    preferred, alignment = PREF_ADDRESS.get(kernel.raw), KERNEL_ALIGNMENT.get(kernel.raw)
-    candidates = [preferred]
-    if kernel.relocatable:
-        # It would move itself to an aligned address: then there is nothing to prefer.
-        candidates = [gpa for gpa in candidates if gpa % alignment == 0]
-        candidates.append(align_up(layout.HIGH_MEMORY, alignment))
     top = files[0].gpa if files else low_ram_end(memory)
-    for gpa in candidates:
+    for gpa in kernel.candidates:
         if gpa >= layout.HIGH_MEMORY and gpa + kernel.room <= top:
             return gpa
-    places = " or ".join(f"0x{gpa:x}" for gpa in candidates)
+    places = " or ".join(f"0x{gpa:x}" for gpa in kernel.candidates)
     message = f"no room for {format_size(kernel.room)} (init_size) at {places}: RAM is free from 1 MiB to 0x{top:x}"
-    raise image.error(message, PREF_ADDRESS.offset)
+    message += f" ({files[0].path})" if files else ""
+    ceiling = INITRD_ADDR_MAX.get(kernel.raw) + 1 if files else layout.HOLE
+    enough = enough_memory(kernel.least_end, [file.size for file in files], ceiling=ceiling)
+    raise image.error(message + enough, PREF_ADDRESS.offset)
 
 
 def boot_params(kernel: Kernel, gpa: int, cmdline: int, files: tuple[PlacedFile, ...], memory: GuestMemory) -> bytes:

@@ -8,11 +8,13 @@ the file bears its sign, with three functions: ``probe`` (does the file offer it
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Protocol, cast
 
 from kvmpy.errors import ImageError
 from kvmpy.machine.boot.image import ImageFile
+from kvmpy.machine.boot.packed import LONGEST_MAGIC, recognise
 from kvmpy.machine.boot.plan import BootOptions, Entry, Found, Plan
 from kvmpy.machine.memory import GuestMemory
 
@@ -30,7 +32,21 @@ module (a millisecond each, at every start); one with them is for the module to 
 PROTOCOLS = (*_SIGNS, "flat")
 """The names of formats, which are modules of this package, in the order in which they are tried."""
 
-_PACKED = ((b"\x1f\x8b", "gzip"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
+_FOREIGN = (
+    (0x38, b"ARM\x64", "a kernel for AArch64 (Image)"),
+    (0x38, b"RSC\x05", "a kernel for RISC-V (Image)"),
+    (0x38, b"\xcd\x23\x82\x81", "a kernel for LoongArch (Image)"),
+    (0x24, b"\x18\x28\x6f\x01", "a kernel for 32-bit ARM (zImage)"),
+    (0, b"\x27\x05\x19\x56", "a uImage, wrapped for U-Boot"),
+    (0, b"\xd0\x0d\xfe\xed", "a device tree or a FIT image"),
+    (0, b"070701", "a cpio archive: that is an initrd"),
+    (0, b"MZ", "an EFI program (PE) without the setup header of a bzImage"),
+)
+"""Kernels that no PC starts, and what is given in place of one: an offset, the magic there, what it is.
+
+Source: Linux Documentation/arch/arm64/booting.rst, riscv/boot-image-header.rst, loongarch/booting.rst;
+arch/arm/boot/compressed/head.S; U-Boot include/image.h; Devicetree Specification 0.4 §5.2.
+"""
 
 
 class BootProtocol(Protocol):
@@ -64,11 +80,39 @@ def boot(path: str | os.PathLike[str], memory: GuestMemory, options: BootOptions
         ValueError: the format is unknown, or an option means nothing to the protocol.
     """
     options = options or BootOptions()
-    chosen = protocol(options.format) if options.format is not None else None
-    with ImageFile(path) as image:
-        chosen = chosen or detect(image)
-        refuse_unserved(chosen, options)
-        return chosen.load(image, memory, options)
+    if options.format is not None:
+        protocol(options.format)
+    with open_image(path, options, limit=memory.size) as image:
+        return boot_image(image, memory, options)
+
+
+def open_image(path: str | os.PathLike[str], options: BootOptions, *, limit: int) -> ImageFile:
+    """Open the image at ``path``; a packed one is unpacked in memory, up to ``limit`` bytes.
+
+    Not where ``options`` say that it is flat: then its bytes are the guest's, as they are.
+
+    Raises:
+        ImageError: it cannot be read, or not be unpacked.
+    """
+    with ExitStack() as opened:
+        image = opened.enter_context(ImageFile(path))
+        packing = recognise(image.head(LONGEST_MAGIC))
+        if packing is None or options.format == "flat":
+            opened.pop_all()
+            return image
+        from kvmpy.machine.boot.unpack import unpack  # with three libraries that no other start needs
+
+        return unpack(image, packing, limit=limit)
+
+
+def boot_image(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Entry:
+    """Load an open image into the guest and return how its first vCPU starts. Raises as `boot` does."""
+    chosen = protocol(options.format) if options.format is not None else detect(image)
+    refuse_unserved(chosen, options)
+    entry = chosen.load(image, memory, options)
+    if image.packed_with is None:
+        return entry
+    return entry._replace(notes=(f"packed with {image.packed_with}: unpacked in memory", *entry.notes))
 
 
 def detect(image: ImageFile) -> BootProtocol:
@@ -88,10 +132,10 @@ def plausible(image: ImageFile) -> list[str]:
 
 def unknown(image: ImageFile) -> ImageError:
     """Return the error for a file without any magic: it names the way to boot one all the same."""
-    start = image.head(8)
-    for magic, name in _PACKED:
-        if start.startswith(magic):
-            return image.error(f"packed with {name}: unpack it first", 0)
+    head = image.head(64)
+    for offset, magic, what in _FOREIGN:
+        if head.startswith(magic, offset):
+            return image.error(f"{what}: a kernel for x86-64 is wanted, as bzImage or ELF", offset)
     tried = ", ".join(_SIGNS)
     return image.error(f"no boot protocol found ({tried}); give --format flat (address, mode, entry) to boot it", 0)
 

@@ -31,6 +31,25 @@ PN_XNUM = 0xFFFF
 _EI_CLASS, _EI_DATA, _E_TYPE, _E_MACHINE, _E_ENTRY = 4, 5, 16, 18, 24
 
 
+_MACHINES = {
+    3: "i386",
+    8: "MIPS",
+    20: "PowerPC",
+    21: "64-bit PowerPC",
+    22: "S/390",
+    40: "32-bit ARM",
+    62: "x86-64",
+    183: "AArch64",
+    243: "RISC-V",
+    258: "LoongArch",
+}
+
+
+def _machine(number: int) -> str:
+    name = _MACHINES.get(number)
+    return f"{name} (e_machine {number})" if name else f"e_machine {number}"
+
+
 class _Class(NamedTuple):
     """What differs between ELF32 and ELF64: layouts, and the offsets that errors name."""
 
@@ -90,7 +109,7 @@ def read_elf(image: ImageFile) -> ElfFile | None:
     if kind is None:
         raise image.error("ELF class is neither 1 (32 bits) nor 2 (64 bits)", _EI_CLASS)
     if image.read(_EI_DATA, 1)[0] != ELFDATA2LSB:
-        raise image.error("ELF file is not little-endian (EI_DATA 1)", _EI_DATA)
+        raise image.error("ELF file is not little-endian (EI_DATA 1), as all for x86 are", _EI_DATA)
     type_, machine, _, entry, phoff, _, _, _, phentsize, phnum = image.unpack(kind.header, 0)
     if phnum == PN_XNUM:
         raise image.error(f"e_phnum 0x{PN_XNUM:x}: more program headers than kvmpy reads (65534)", kind.phnum_at)
@@ -122,7 +141,8 @@ def check_kernel(image: ImageFile, elf: ElfFile) -> None:
     """
     wanted = EM_X86_64 if elf.bits == 64 else EM_386
     if elf.machine != wanted:
-        raise image.error(f"ELF{elf.bits} for machine {elf.machine}: {wanted} (x86) is wanted", _E_MACHINE)
+        names = f"{_machine(elf.machine)}: {_machine(wanted)} is wanted"
+        raise image.error(f"ELF{elf.bits} for {names}", _E_MACHINE)
     if elf.type == ET_DYN:
         message = "position-independent (ET_DYN): nobody here relocates it; link it with -no-pie -static"
         raise image.error(message, _E_TYPE)
@@ -168,13 +188,23 @@ def check_elf_entry(image: ImageFile, rip: int, mode: CpuMode, segments: tuple[S
 
 
 def probe(image: ImageFile) -> Found | None:
-    """Tell whether this is an ELF executable, and where it would load. Raises ImageError when it is a broken one."""
+    """Tell whether this is an ELF executable, and where it would load.
+
+    Raises:
+        ImageError: it is a broken one; or Linux, which would find nothing of what its entry point asks for.
+    """
+    from kvmpy.machine.boot.linux import linux_version  # which reads ELF files by this module
+
     elf = read_elf(image)
     if elf is None:
         return None
     segments = load_segments(image, elf)
     rip = physical_entry(elf)
     check_elf_entry(image, rip, elf.mode, segments)
+    version = linux_version(image)
+    if version is not None:
+        message = f"Linux {version} does not start as a plain ELF file: its bzImage does, or a vmlinux with a PVH entry"
+        raise image.error(f"{message} (CONFIG_PVH, Linux 5.0 or later)", _E_ENTRY)
     translated = (f"e_entry 0x{elf.entry:x} is virtual",) if rip != elf.entry else ()
     return Found(segments, elf.mode, rip, translated)
 

@@ -1,4 +1,4 @@
-"""A boot image on the host: a regular file that is read in checked pieces.
+"""A boot image on the host: a regular file, or one in memory, that is read in checked pieces.
 
 Whatever a header in it claims, nothing is read past its end and nothing without one is read at all: a FIFO, a
 directory or ``/dev/zero`` is refused before a byte of it is taken. Not here: what the bytes mean.
@@ -23,9 +23,13 @@ _KINDS = (
 class ImageFile:
     """A regular file, open for reading; ``size`` is its length in bytes when it was opened, never 0.
 
+    ``packed_with`` names the packing of a file that `in_memory` holds unpacked.
+
     Raises:
         ImageError: it cannot be opened, is no regular file, or is empty.
     """
+
+    packed_with: str | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -34,6 +38,14 @@ class ImageFile:
         if not self.size:
             self.close()
             raise self.error("the file is empty", 0)
+
+    @classmethod
+    def in_memory(cls, fd: int, path: str, *, packed_with: str) -> Self:
+        """Return the memfd ``fd``, which becomes this object's, as an image; errors call it ``path``."""
+        image = cls.__new__(cls)
+        image.path, image._fd, image.size = path, fd, os.fstat(fd).st_size
+        image.packed_with = packed_with
+        return image
 
     def error(self, message: str, at: int) -> ImageError:
         """Return (not raise) an error that blames the bytes of this file at offset ``at``."""

@@ -5,14 +5,16 @@ loaded anywhere.
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvmpy.errors import ImageError
 from kvmpy.machine.boot import bzimage, symbols
-from kvmpy.machine.boot.detect import BootProtocol, plausible, protocol, unknown
+from kvmpy.machine.boot.detect import BootProtocol, open_image, plausible, protocol, unknown
 from kvmpy.machine.boot.elf import MAGIC as ELF_MAGIC
 from kvmpy.machine.boot.image import ImageFile
+from kvmpy.machine.boot.linux import linux_version
+from kvmpy.machine.boot.packed import LONGEST_MAGIC, recognise
 from kvmpy.machine.boot.plan import BootOptions, CpuMode, Segment
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.units import MiB
@@ -41,9 +43,14 @@ class Inspection:
     path: str
     size: int
     what: str
-    offers: tuple[Offer, ...]
-    boots: str | None
-    error: str | None
+    offers: tuple[Offer, ...] = ()
+    boots: str | None = None
+    error: str | None = None
+    linux: str | None = None
+    """The release, when it is a Linux kernel."""
+    packed_with: str | None = None
+    """The packing of a packed file: what is said of it is said of its contents, but for `size`."""
+    unpacked_size: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values for JSON: numbers in bytes and gpas, segments with the names of their fields."""
@@ -59,18 +66,34 @@ def inspect(path: str | os.PathLike[str], *, memory_size: int = 128 * MiB) -> In
     Raises:
         ImageError: it cannot be read, is no regular file, or is empty. A broken kernel is no error but a finding.
     """
-    with ImageFile(path) as image, GuestMemory(memory_size) as memory:
-        found = (_offer(image, name, protocol(name), memory) for name in plausible(image))
-        offers = tuple(offer for offer in found if offer is not None)
-        first = offers[0] if offers else None
-        return Inspection(
-            path=image.path,
-            size=image.size,
-            what=_what(image, first),
-            offers=offers,
-            boots=first.protocol if first and first.error is None else None,
-            error=first.error if first else unknown(image).message,
-        )
+    with ImageFile(path) as file, GuestMemory(memory_size) as memory:
+        packing = recognise(file.head(LONGEST_MAGIC))
+        if packing is None:
+            return _inspect(file, memory)
+        try:
+            image = open_image(path, BootOptions(), limit=memory_size)
+        except ImageError as error:
+            what = f"packed with {packing.name}"
+            return Inspection(file.path, file.size, what, error=error.message, packed_with=packing.name)
+        with image:
+            found = _inspect(image, memory)
+            return replace(found, path=file.path, size=file.size, unpacked_size=image.size)
+
+
+def _inspect(image: ImageFile, memory: GuestMemory) -> Inspection:
+    found = (_offer(image, name, protocol(name), memory) for name in plausible(image))
+    offers = tuple(offer for offer in found if offer is not None)
+    first = offers[0] if offers else None
+    return Inspection(
+        path=image.path,
+        size=image.size,
+        what=_what(image, first),
+        linux=linux_version(image),
+        packed_with=image.packed_with,
+        offers=offers,
+        boots=first.protocol if first and first.error is None else None,
+        error=first.error if first else unknown(image).message,
+    )
 
 
 def _offer(image: ImageFile, name: str, candidate: BootProtocol, memory: GuestMemory) -> Offer | None:
@@ -94,7 +117,7 @@ def _what(image: ImageFile, first: Offer | None) -> str:
     """Return one line on what the file is, from its contents alone."""
     if image.head(4) == ELF_MAGIC:
         try:
-            return symbols.describe(image.path)
+            return symbols.describe(image)
         except ImageError as error:
             return f"ELF file, damaged: {error.message}"
     if first is None:

@@ -26,7 +26,7 @@ from kvmpy.machine.boot.multiboot import (
     find_header,
     memory_sizes,
 )
-from kvmpy.machine.boot.place import Arena, c_string, check_entry, check_segments, place_files
+from kvmpy.machine.boot.place import Arena, c_string, check_entry, check_segments, end_of, place_files
 from kvmpy.machine.boot.plan import BootOptions, CpuMode, Entry, Found, PlacedFile, Plan, Segment
 from kvmpy.machine.memory import GuestMemory
 
@@ -90,7 +90,7 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
     kernel = _parse(image)
     if kernel is None:
         raise image.error(f"no multiboot 1 header (0x{HEADER_MAGIC:x}) in the first {SEARCH} bytes", 0)
-    files = place_files(image, options.files, memory)
+    files = place_files(image, options.files, memory, kernel_end=end_of(kernel.segments))
     check_segments(image, kernel.segments, memory, files)
     entry = Entry(CpuMode.PROTECTED, kernel.rip, {"rax": BOOTLOADER_MAGIC, "rbx": layout.BOOT_INFO})
     return Plan(kernel.segments, entry, files, _information(options.append, files, memory))

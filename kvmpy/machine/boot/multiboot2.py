@@ -22,6 +22,7 @@ from kvmpy.machine.boot.place import (
     align_up,
     check_entry,
     check_segments,
+    end_of,
     low_ram_end,
     place_files,
 )
@@ -100,7 +101,7 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
     kernel = _parse(image)
     if kernel is None:
         raise image.error(f"no multiboot 2 header (0x{HEADER_MAGIC:x}) in the first {SEARCH} bytes", 0)
-    files = place_files(image, options.files, memory)
+    files = place_files(image, options.files, memory, kernel_end=end_of(kernel.segments))
     segments, rip, load_base = kernel.segments, kernel.rip, None
     if kernel.relocatable is not None:
         load_base = _load_base(image, kernel, memory, files)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from kvmpy.machine import layout
 from kvmpy.machine.boot.image import ImageFile
-from kvmpy.machine.boot.plan import CpuMode, Module, PlacedFile, Segment
+from kvmpy.machine.boot.plan import BootOptions, CpuMode, Module, PlacedFile, Segment
 from kvmpy.machine.memory import GuestMemory
-from kvmpy.units import PAGE_SIZE, GiB, format_size
+from kvmpy.units import PAGE_SIZE, GiB, MiB, format_size
 
 REAL_MODE_REACH = 64 * 1024
 """Real mode starts at cs = 0, so its first instruction lies below this."""
@@ -35,6 +35,20 @@ def low_ram_end(memory: GuestMemory) -> int:
     return region.gpa + region.size
 
 
+def end_of(segments: Iterable[Segment]) -> int:
+    """Return the first gpa behind all of ``segments``; 0 when there are none."""
+    return max((segment.end for segment in segments), default=0)
+
+
+def enough_memory(kernel_end: int, file_sizes: Iterable[int] = (), *, ceiling: int = layout.HOLE) -> str:
+    """Return how much memory would do for a kernel up to ``kernel_end`` and files above it, as the end of a message.
+
+    Nothing when no size would: files lie below ``ceiling``, and a kernel below the hole.
+    """
+    end = kernel_end + sum(align_up(size, PAGE_SIZE) for size in file_sizes)
+    return f"; {align_up(end, MiB) // MiB} MiB of memory would do" if end <= min(ceiling, layout.HOLE) else ""
+
+
 def check_segments(
     image: ImageFile, segments: Iterable[Segment], memory: GuestMemory, files: Iterable[PlacedFile] = ()
 ) -> None:
@@ -44,11 +58,13 @@ def check_segments(
         ImageError: at the offset that describes the segment.
     """
     before: Segment | None = None
-    files = tuple(files)
-    for segment in sorted(segments):
+    files, segments = tuple(files), sorted(segments)
+    enough = enough_memory(end_of(segments), [file.size for file in files])
+    for segment in segments:
         where = f"0x{segment.gpa:x}..0x{segment.end - 1:x}"
         if not memory.contains(segment.gpa, segment.memory_size):
-            raise image.error(f"segment {where} is outside {format_size(memory.size)} of RAM", segment.described_at)
+            message = f"segment {where} is outside {format_size(memory.size)} of RAM{enough}"
+            raise image.error(message, segment.described_at)
         if segment.gpa < layout.HIGH_MEMORY and segment.end > layout.LOW_RAM_END:
             reserved = f"0x{layout.LOW_RAM_END:x}..0x{layout.HIGH_MEMORY - 1:x}"
             raise image.error(f"segment {where} touches {reserved}, kept for boot tables", segment.described_at)
@@ -57,8 +73,8 @@ def check_segments(
             raise image.error(message, segment.described_at)
         for file in files:
             if segment.gpa < file.end and file.gpa < segment.end:
-                message = f"segment {where} overlaps {file.path} at 0x{file.gpa:x}..0x{file.end - 1:x}: more memory"
-                raise image.error(f"{message} is needed", segment.described_at)
+                message = f"segment {where} overlaps {file.path} at 0x{file.gpa:x}..0x{file.end - 1:x}{enough}"
+                raise image.error(message, segment.described_at)
         before = segment
 
 
@@ -80,13 +96,20 @@ def reach(mode: CpuMode) -> int:
 
 
 def place_files(
-    image: ImageFile, modules: Sequence[Module], memory: GuestMemory, *, ceiling: int = layout.HOLE, at: int = 0
+    image: ImageFile,
+    modules: Sequence[Module],
+    memory: GuestMemory,
+    *,
+    kernel_end: int,
+    ceiling: int = layout.HOLE,
+    at: int = 0,
 ) -> tuple[PlacedFile, ...]:
     """Return a place for each module at the top of the RAM below ``ceiling``, in ascending order.
 
     Raises:
         ImageError: a module cannot be opened, or together they do not fit above 1 MiB; then the error blames
-            ``image`` at the offset ``at``, which says the ceiling.
+            ``image`` at the offset ``at``, which says the ceiling, and names the memory that would do with a kernel
+            up to ``kernel_end``. Whether they overlap the kernel is not looked at.
     """
     sizes = []
     for module in modules:
@@ -95,8 +118,9 @@ def place_files(
     top = min(low_ram_end(memory), ceiling)
     gpa = align_down(top, PAGE_SIZE) - sum(align_up(size, PAGE_SIZE) for size in sizes)
     if sizes and gpa < layout.HIGH_MEMORY:
-        wanted = f"{format_size(sum(sizes))} of modules ({', '.join(module.path for module in modules[:3])})"
-        raise image.error(f"{wanted} do not fit between 1 MiB and 0x{top:x}", at)
+        names = ", ".join(module.path for module in modules[:3])
+        wanted = f"{format_size(sum(sizes))} of initrd and modules ({names}) do not fit between 1 MiB and 0x{top:x}"
+        raise image.error(wanted + enough_memory(kernel_end, sizes, ceiling=ceiling), at)
     placed = []
     for module, size in zip(modules, sizes, strict=True):
         placed.append(PlacedFile(module.path, gpa, size, module.cmdline))
@@ -110,6 +134,19 @@ def c_string(text: str) -> bytes:
     if b"\0" in raw:
         raise ValueError(f"a command line cannot hold a NUL byte: {text!r}")
     return raw + b"\0"
+
+
+def linux_cmdline(options: BootOptions) -> bytes:
+    """Return Linux's command line, NUL-terminated.
+
+    Raises:
+        ValueError: there is a NUL inside, or it is longer than the room for it.
+    """
+    line = c_string(options.linux_cmdline)
+    if len(line) > layout.COMMAND_LINES_SIZE:
+        allowed = layout.COMMAND_LINES_SIZE - 1
+        raise ValueError(f"command line of {len(line) - 1} bytes{options.shares}: {allowed} are allowed")
+    return line
 
 
 class Arena:
@@ -130,7 +167,7 @@ class Arena:
         gpa = align_up(self._next, alignment)
         if gpa + len(data) > self._end:
             left = max(self._end - gpa, 0)
-            raise ValueError(f"{self._name} does not fit: {len(data)} bytes wanted, {left} left below 0x{self._end:x}")
+            raise ValueError(f"no room for {self._name}: {len(data)} bytes wanted, {left} left below 0x{self._end:x}")
         self._next = gpa + len(data)
         self.tables.append((gpa, data))
         return gpa

@@ -5,7 +5,9 @@ is refused has not written a byte of guest memory. Named tuples rather than data
 of a machine, and cost a seventh.
 """
 
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
@@ -52,6 +54,8 @@ class Entry(NamedTuple):
     mode: CpuMode
     rip: int
     registers: Mapping[str, int] = _NO_REGISTERS
+    notes: tuple[str, ...] = ()
+    """What the loader did beyond copying, or could not do: a line each."""
 
 
 class Module(NamedTuple):
@@ -78,7 +82,10 @@ class BootOptions(NamedTuple):
     entry: int | None = None
     """flat, ELF: the gpa to start at."""
     devices: tuple[str, ...] = ()
-    """What the board tells Linux of devices that cannot be found otherwise, word by word: bzImage and PVH append it."""
+    """What is told to Linux beyond what the user says, word by word: bzImage and PVH append it. Devices that cannot be
+    found otherwise, and what the host demands."""
+    unpack: bool = False
+    """bzImage: unpack the kernel on the host where that can be, instead of running its decompressor."""
 
     @property
     def linux_cmdline(self) -> str:
@@ -88,6 +95,16 @@ class BootOptions(NamedTuple):
         separators = (word.start() for word in re.finditer(_WORD, self.append) if word[0].strip('"') == "--")
         end = next(separators, len(self.append))
         return " ".join(filter(None, (self.append[:end].rstrip(), *self.devices, self.append[end:])))
+
+    @property
+    def shares(self) -> str:
+        """Whose the bytes of `linux_cmdline` are, in words; nothing when all are the user's."""
+        if not self.devices:
+            return ""
+        names = Counter(word.partition("=")[0] for word in self.devices)
+        added = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
+        own, others = len(os.fsencode(self.append)), len(os.fsencode(" ".join(self.devices)))
+        return f" ({own} given, {others} added: {added})"
 
     @property
     def files(self) -> tuple[Module, ...]:

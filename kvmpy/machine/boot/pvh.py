@@ -16,12 +16,15 @@ from typing import NamedTuple
 from kvmpy.machine import layout
 from kvmpy.machine.boot import elf as elf_format
 from kvmpy.machine.boot.image import ImageFile
+from kvmpy.machine.boot.linux import COMMAND_LINE_SIZE, linux_version
 from kvmpy.machine.boot.place import (
     Arena,
     align_up,
     c_string,
     check_entry,
     check_segments,
+    end_of,
+    linux_cmdline,
     place_files,
     read_rsdp,
 )
@@ -63,16 +66,17 @@ def plan(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Plan:
     """Return the plan to start at the note's entry with start_info and all that it leads to.
 
     Raises:
-        ImageError: the file is no PVH kernel, or does not fit.
+        ImageError: the file is no PVH kernel, or does not fit, or its command line is too long for Linux.
         ValueError: the command line or the module list is too long.
     """
     kernel = _parse(image)
     if kernel is None:
         raise image.error(f"no PVH kernel: no ELF note Xen of type {XEN_ELFNOTE_PHYS32_ENTRY}", 0)
-    files = place_files(image, options.files, memory)
+    cmdline = _cmdline(image, options)
+    files = place_files(image, options.files, memory, kernel_end=end_of(kernel.segments))
     check_segments(image, kernel.segments, memory, files)
     entry = Entry(CpuMode.PROTECTED, kernel.rip, {"rbx": layout.BOOT_INFO})
-    return Plan(kernel.segments, entry, files, _start_info(options.linux_cmdline, files, memory))
+    return Plan(kernel.segments, entry, files, _start_info(cmdline, files, memory))
 
 
 def load(image: ImageFile, memory: GuestMemory, options: BootOptions) -> Entry:
@@ -118,9 +122,20 @@ def _find_entry_note(image: ImageFile, elf: elf_format.ElfFile) -> tuple[int, in
     return None
 
 
-def _start_info(cmdline_text: str, files: tuple[PlacedFile, ...], memory: GuestMemory) -> tuple[tuple[int, bytes], ...]:
+def _cmdline(image: ImageFile, options: BootOptions) -> bytes:
+    """Return the command line, NUL-terminated. Raises ImageError when Linux would cut it off, ValueError."""
+    line = linux_cmdline(options)
+    if len(line) > COMMAND_LINE_SIZE:
+        version = linux_version(image)
+        if version is not None:
+            message = f"command line of {len(line) - 1} bytes{options.shares}: Linux {version} takes"
+            raise image.error(f"{message} {COMMAND_LINE_SIZE - 1}", 0)
+    return line
+
+
+def _start_info(line: bytes, files: tuple[PlacedFile, ...], memory: GuestMemory) -> tuple[tuple[int, bytes], ...]:
     strings = Arena(layout.COMMAND_LINES, layout.COMMAND_LINES_SIZE, "command lines")
-    cmdline = strings.put(c_string(cmdline_text))
+    cmdline = strings.put(line)
     tables = Arena(layout.BOOT_INFO + _START_INFO.size, layout.BOOT_INFO_SIZE - _START_INFO.size, "boot information")
     memory_map = layout.memory_map(memory.size)
     memmap = tables.put(b"".join(_MEMMAP_ENTRY.pack(gpa, size, kind, 0) for gpa, size, kind in memory_map))

@@ -24,7 +24,7 @@ def symbols(path: str | os.PathLike[str]) -> dict[str, list[int]]:
         ImageError: the file is no ELF file, or its symbol table is damaged.
     """
     found: dict[str, list[int]] = {}
-    with _opened(path) as (image, elf):
+    with ImageFile(path) as image, _parsed(image) as elf:
         table = _symbol_table(image, elf)
         for symbol in table.iter_symbols() if table is not None else ():
             kind, section = symbol["st_info"]["type"], symbol["st_shndx"]
@@ -33,9 +33,9 @@ def symbols(path: str | os.PathLike[str]) -> dict[str, list[int]]:
     return found
 
 
-def describe(path: str | os.PathLike[str]) -> str:
+def describe(image: ImageFile) -> str:
     """Return one line about an ELF file: class, type, machine, sections, symbols. Raises ImageError."""
-    with _opened(path) as (image, elf):
+    with _parsed(image) as elf:
         kind = _TYPES.get(elf["e_type"], str(elf["e_type"]))
         machine = _MACHINES.get(elf["e_machine"], str(elf["e_machine"]))
         table = _symbol_table(image, elf)
@@ -44,14 +44,14 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[ImageFile, Any]]:
-    """Open ``path`` for pyelftools; whatever it raises meanwhile comes out as an ImageError."""
+def _parsed(image: ImageFile) -> Iterator[Any]:
+    """Open ``image`` with pyelftools; whatever that raises meanwhile comes out as an ImageError."""
     from elftools.elf.elffile import ELFFile
 
-    with ImageFile(path) as image, os.fdopen(os.dup(image.fileno()), "rb") as stream:
+    with os.fdopen(os.dup(image.fileno()), "rb") as stream:
         stream.seek(0)
         try:
-            yield image, ELFFile(stream)
+            yield ELFFile(stream)
         except KvmpyError:
             raise
         except Exception as error:

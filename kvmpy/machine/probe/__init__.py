@@ -9,7 +9,7 @@ Never by the host's name. A caller that needs one ability asks `has`, by the nam
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvmpy.errors import KvmError
@@ -31,6 +31,7 @@ __all__ = [
     "Verdict",
     "examine",
     "has",
+    "learn",
     "probe",
 ]
 
@@ -124,11 +125,25 @@ def has(name: str) -> bool:
     return probe(name).verdict is Verdict.OK
 
 
+def learn(names: Iterable[str]) -> None:
+    """Find those of ``names`` that are not known yet, in one VM: `probe` and `has` make one for each.
+
+    Raises:
+        ValueError: no ability has one of these names.
+    """
+    unknown = [ability for ability in map(Ability, names) if ability not in _known and ability in _GUEST_PROBES]
+    if not unknown:
+        return
+    try:
+        with Kvm() as kvm, Bench(kvm) as bench:
+            _known.update({ability: _GUEST_PROBES[ability].find(bench) for ability in unknown})
+    except KvmError as error:
+        why = f"not tried: {error}"
+        _known.update({ability: Finding(ability, Verdict.UNKNOWN, why) for ability in unknown})
+
+
 def _find(ability: Ability) -> Finding:
     if ability in HOST_PROBES:
         return HOST_PROBES[ability](DEVICE)
-    try:
-        with Kvm() as kvm, Bench(kvm) as bench:
-            return _GUEST_PROBES[ability].find(bench)
-    except KvmError as error:
-        return Finding(ability, Verdict.UNKNOWN, f"not tried: {error}")
+    learn([ability])
+    return _known[ability]

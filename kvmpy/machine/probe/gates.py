@@ -9,7 +9,7 @@ from kvmpy.machine import x86
 from kvmpy.machine.probe import tables
 from kvmpy.machine.probe.bench import Bench, Done, Mode, Trap, describe, finish
 from kvmpy.machine.probe.finding import Ability, Verdict
-from kvmpy.machine.probe.instructions import INT3, INT_N
+from kvmpy.machine.probe.instructions import COMPLETED, INT3, INT_N
 from kvmpy.machine.probe.judge import Judgement, Probe, compare, expect
 
 # MSRs of SYSCALL (Intel SDM vol. 4, table 2-2)
@@ -96,7 +96,7 @@ _CPUID = "let the guest take no feature bit on trust; pass what it must know in 
 ENTRIES = (
     Probe(Ability.INT3_CPL3, expect(INT3, Trap(3), mode=Mode.CPL3), "enter the kernel by a fault, such as UD2"),
     Probe(Ability.INT_N_CPL3, expect(INT_N, Trap(0x21), mode=Mode.CPL3), _INT3_GATE),
-    Probe(Ability.SYSCALL_CPL3, syscall, _INT3_GATE),
+    Probe(Ability.SYSCALL_CPL3, syscall, COMPLETED),
 )
 HYPERCALLS = (
     Probe(Ability.VMCALL_CPL0, hypercall(VMCALL, Mode.CPL0), _NO_HYPERCALL),

@@ -25,6 +25,8 @@ P_OFFSET, P_VADDR, P_PADDR, P_FILESZ, P_MEMSZ = (
 )
 
 CODE = bytes(range(1, 65))
+BANNER = CODE + b"\0Linux version 6.1.0-test (who@where) (gcc 12) #1\n\0"
+"""Code with the line that Linux prints first in its data."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ def pvh_note(entry: int, *, size: int = 8) -> bytes:
     return others + note(b"Xen\0", 18, entry.to_bytes(size, "little"))
 
 
-def pvh(*, bits: int = 64, entry: int = 0x20_0010) -> bytes:
+def pvh(*, bits: int = 64, entry: int = 0x20_0010, code: bytes = CODE) -> bytes:
     """Return a PVH kernel at 2 MiB."""
-    load = Load(0x20_0000, memsz=0x3000, vaddr=0xC000_0000)
+    load = Load(0x20_0000, code, memsz=0x3000, vaddr=0xC000_0000)
     return elf(load, bits=bits, entry=0xC000_0000, notes=pvh_note(entry))
 
 
@@ -171,17 +173,23 @@ SETUP = {
     "relocatable_kernel": (0x234, 1),
     "xloadflags": (0x236, 2),
     "cmdline_size": (0x238, 4),
+    "payload_offset": (0x248, 4),
+    "payload_length": (0x24C, 4),
     "pref_address": (0x258, 8),
     "init_size": (0x260, 4),
 }
 KERNEL_SIZE = 0x800
 
 
-def bzimage(**fields: int) -> bytes:
-    """Return a 64-bit bzImage of protocol 2.15 with two setup sectors; ``fields`` overwrites fields of its header."""
+def bzimage(*, payload: bytes = b"", **fields: int) -> bytes:
+    """Return a 64-bit bzImage of protocol 2.15 with two setup sectors; ``fields`` overwrites fields of its header.
+
+    ``payload`` is the packed kernel in it.
+    """
+    kernel = bytes(i * 7 & 0xFF for i in range(KERNEL_SIZE)) + payload + bytes(-len(payload) % 16)
     values = {
         "setup_sects": 2,
-        "syssize": KERNEL_SIZE // 16,
+        "syssize": len(kernel) // 16,
         "boot_flag": 0xAA55,
         "jump": 0x6AEB,
         "header": int.from_bytes(b"HdrS", "little"),
@@ -195,10 +203,12 @@ def bzimage(**fields: int) -> bytes:
         "cmdline_size": 2047,
         "pref_address": 0x100_0000,
         "init_size": 0x10_0000,
+        "payload_offset": KERNEL_SIZE if payload else 0,
+        "payload_length": len(payload),
     } | fields
     setup = bytearray(3 * 512)
     setup[0x300:0x310] = b"6.1.0-kvmpy-test"
-    image = bytes(setup) + bytes(i * 7 & 0xFF for i in range(KERNEL_SIZE))
+    image = bytes(setup) + kernel
     for name, value in values.items():
         offset, size = SETUP[name]
         image = patch(image, offset, value, size)

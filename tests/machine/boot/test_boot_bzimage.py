@@ -206,6 +206,24 @@ def test_a_preferred_address_out_of_ram_is_refused_or_given_up(write, memory, ad
     assert boot(write(bzimage(pref_address=address)), memory).rip == 0x20_0200
 
 
+@pytest.mark.parametrize(
+    ("initrd_size", "fields"),
+    [
+        (0, {"pref_address": 0x9_0000}),
+        (0, {"pref_address": 3 * GiB - 0x1000}),
+        (0x2000, {"initrd_addr_max": 0x11F_FFFF, "init_size": 0x1F_F000}),
+    ],
+)
+def test_more_memory_is_not_promised_where_it_would_not_do(write, initrd_size, fields):
+    """Below 1 MiB and above 3 GiB nothing is loaded, and an initrd keeps its limit, on any machine."""
+    options = BootOptions(initrd=write(bytes(initrd_size), "initrd") if initrd_size else None)
+    path = write(bzimage(relocatable_kernel=0, **fields))
+    for size in (64 * MiB, 4 * GiB):
+        with GuestMemory(size) as memory:
+            error = refused(path, memory, "no room", options)
+            assert "would do" not in str(error)
+
+
 def test_an_alignment_beyond_ram_is_refused(write, memory):
     """A kernel that may move, but to nowhere."""
     refused(write(bzimage(kernel_alignment=2**31)), memory, "no room")
@@ -259,5 +277,5 @@ def test_modules_are_refused(write, memory):
 def test_a_command_line_that_does_not_fit_is_the_callers_mistake(write, memory):
     """64 KiB are set aside."""
     path = write(bzimage(cmdline_size=2**32 - 1))
-    with pytest.raises(ValueError, match="command line does not fit"):
+    with pytest.raises(ValueError, match="command line of 65536 bytes: 65535 are allowed"):
         boot(path, memory, BootOptions(append="x" * 65536))

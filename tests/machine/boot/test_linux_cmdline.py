@@ -1,7 +1,7 @@
 """Devices that Linux is told of on its command line: behind what the user says, and only where a kernel reads them."""
 
 import pytest
-from boot_images import bzimage, multiboot1, pvh
+from boot_images import BANNER, bzimage, multiboot1, pvh
 
 from kvmpy import ImageError
 from kvmpy.machine import layout
@@ -52,15 +52,28 @@ def test_the_kernels_limit_holds_for_both_together(write, memory):
     options = BootOptions(append="quiet", devices=DEVICES)
     length = len(f"quiet {WORDS}")
     boot(write(bzimage(cmdline_size=length)), memory, options)
-    with pytest.raises(ImageError, match=f"command line of {length} bytes: this kernel takes {length - 1}"):
+    with pytest.raises(ImageError, match=f"of {length} bytes .*: this kernel takes {length - 1}") as caught:
         boot(write(bzimage(cmdline_size=length - 1)), memory, options)
+    assert "(5 given, 69 added: virtio_mmio.device x 2)" in str(caught.value)
 
 
 def test_the_room_for_command_lines_holds_for_both_together(write, memory):
     room = layout.COMMAND_LINES_SIZE - 1
     boot(write(pvh()), memory, BootOptions(append="x" * (room - len(WORDS) - 1), devices=DEVICES))
-    with pytest.raises(ValueError, match="command lines does not fit"):
+    with pytest.raises(ValueError, match=f"of 65536 bytes .{room - len(WORDS)} given, 69 added: .*: 65535 are allowed"):
         boot(write(pvh()), memory, BootOptions(append="x" * (room - len(WORDS)), devices=DEVICES))
+
+
+def test_a_command_line_that_linux_would_cut_off_is_refused(write, memory):
+    """Linux arch/x86/include/asm/setup.h: COMMAND_LINE_SIZE is 2048, and PVH says nothing of it. Others take more."""
+    words = (*DEVICES, "clearcpuid=534,150")
+    free = 2047 - len(" ".join(words)) - 1
+    linux = write(pvh(code=BANNER), "linux")
+    boot(linux, memory, BootOptions(append="x" * free, devices=words))
+    with pytest.raises(ImageError, match=r"of 2048 bytes .*: Linux 6.1.0-test takes 2047") as caught:
+        boot(linux, memory, BootOptions(append="x" * (free + 1), devices=words))
+    assert f"({free + 1} given, 88 added: virtio_mmio.device x 2, clearcpuid)" in str(caught.value)
+    boot(write(pvh()), memory, BootOptions(append="x" * (free + 1), devices=words))
 
 
 def test_a_kernel_that_reads_no_command_line_is_not_refused(write, memory):

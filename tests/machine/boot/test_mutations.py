@@ -7,7 +7,8 @@ import os
 import random
 
 import pytest
-from boot_images import EVERY_IMAGE
+from boot_images import EVERY_IMAGE, bzimage
+from packed_images import PACK, payload
 
 from kvmpy import ImageError, MiB
 from kvmpy.machine import layout
@@ -22,6 +23,7 @@ HEADERS = 0x290
 """Most damage falls on these first bytes: behind them the images have little to misread."""
 
 ORIGINALS = [(name, image) for name, images in EVERY_IMAGE.items() for image in images]
+KERNELS = [(name, image) for name, image in ORIGINALS if name in ("pvh", "elf")]
 WRITTEN = ((layout.BOOT_INFO, layout.BOOT_INFO_SIZE), (layout.COMMAND_LINES, layout.COMMAND_LINES_SIZE))
 """What a loader may write between 0x9fc00 and 1 MiB."""
 
@@ -71,15 +73,33 @@ def mutate(rng: random.Random, original: bytes) -> bytes:
     return bytes(image)
 
 
-def options_for(rng: random.Random, name: str, module: str) -> BootOptions:
-    """Return what the protocol serves, or nothing at all and detection."""
+def damaged(rng: random.Random) -> tuple[str, bytes]:
+    """Return a damaged image, and the protocol that it offered when it was whole."""
+    name, original = rng.choice(ORIGINALS)
+    return (name, mutate(rng, original)) if rng.random() < 0.6 else damaged_and_packed(rng)
+
+
+def damaged_and_packed(rng: random.Random) -> tuple[str, bytes]:
+    """Return a packed file, or a bzImage with a packed kernel, damaged before it was packed or behind."""
+    packing, (name, kernel) = rng.choice(list(PACK)), rng.choice(KERNELS)
+    inside = rng.random() < 0.5
+    kernel = mutate(rng, kernel) if inside else kernel
     if rng.random() < 0.5:
-        return BootOptions()
+        packed = PACK[packing](kernel)
+        return name, packed if inside else mutate(rng, packed)
+    packed = payload(packing, kernel)
+    return "bzimage", bzimage(payload=packed if inside else mutate(rng, packed))
+
+
+def options_for(rng: random.Random, name: str, module: str) -> BootOptions:
+    """Return what the protocol serves, or next to nothing and detection."""
+    if rng.random() < 0.5:
+        return BootOptions(unpack=True)
     options = BootOptions(format=name)
     if name in ("pvh", "multiboot1", "multiboot2"):
         return options._replace(append="a=b", initrd=module, modules=(Module(module, "line"),))
     if name == "bzimage":
-        return options._replace(append="a=b", initrd=module)
+        return options._replace(append="a=b", initrd=module, unpack=rng.random() < 0.8)
     if name == "flat":
         return options._replace(mode=rng.choice(list(CpuMode)))
     return options
@@ -126,10 +146,10 @@ def test_damaged_images_load_cleanly_or_are_refused_with_an_offset(tmp_path, cap
     loaded = 0
     with GuestMemory(64 * MiB) as memory:
         memory.fill(layout.LOW_RAM_END, layout.HIGH_MEMORY - layout.LOW_RAM_END, 0xA5)
-        untouched = reserved(memory)
+        untouched, descriptors = reserved(memory), len(os.listdir("/proc/self/fd"))
         for round_ in range(ROUNDS):
-            name, original = rng.choice(ORIGINALS)
-            (tmp_path / "image").write_bytes(mutate(rng, original))
+            name, image = damaged(rng)
+            (tmp_path / "image").write_bytes(image)
             options = options_for(rng, name, module)
             where = f"seed {seed}, round {round_}: {name}, {options}"
             if round_ % 10 == 0:
@@ -139,8 +159,9 @@ def test_damaged_images_load_cleanly_or_are_refused_with_an_offset(tmp_path, cap
                 loaded += 1
             else:
                 assert refusal.offset is not None, where
-                assert refusal.path == path, where
+                assert refusal.path.removesuffix(" (unpacked)") == path, where
             assert reserved(memory) == untouched, where
+            assert len(os.listdir("/proc/self/fd")) == descriptors, where
     with capsys.disabled():
         print(f"\n{ROUNDS} damaged images, seed {seed}: {loaded} loaded, {ROUNDS - loaded} refused")
     assert 0 < loaded < ROUNDS

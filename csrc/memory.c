@@ -1,0 +1,18 @@
+/* memory.c -- see memory.h. */
+#include "kvmpy.h"
+
+uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64_t size)
+{
+    for (uint32_t i = 0; i < memory->nr_regions; i++) {
+        const struct kvmpy_region *region = &memory->regions[i];
+        uint64_t offset = gpa - region->gpa; /* of a gpa below the region: more than any region has */
+        if (offset < region->size && size <= region->size - offset)
+            return region->hva + offset;
+    }
+    return NULL;
+}
+
+void kvmpy_or64(uint64_t *word, uint64_t bits)
+{
+    __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST);
+}

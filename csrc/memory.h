@@ -1,0 +1,23 @@
+/* memory.h -- guest RAM as C sees it, filled in by GuestMemory (kvmpy/machine/memory.py). Floor: machine. */
+#ifndef KVMPY_MEMORY_H
+#define KVMPY_MEMORY_H
+
+#include <stdint.h>
+
+/* Each region is contiguous for the guest and for us. */
+#define KVMPY_MAX_REGIONS 4
+struct kvmpy_memory {
+    struct kvmpy_region {
+        uint64_t gpa, size;
+        uint8_t *hva;
+    } regions[KVMPY_MAX_REGIONS];
+    uint32_t nr_regions;
+};
+
+/* Where [gpa, gpa+size) is, or NULL when it is not wholly inside one region. */
+uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64_t size);
+
+/* Set bits of a word of guest RAM that vCPUs change too: accessed and dirty bits. */
+void kvmpy_or64(uint64_t *word, uint64_t bits);
+
+#endif
