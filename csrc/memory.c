@@ -12,7 +12,7 @@ uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64
     return NULL;
 }
 
-void kvmpy_or64(uint64_t *word, uint64_t bits)
+bool kvmpy_exchange(uint64_t *word, uint64_t old, uint64_t new)
 {
-    __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST);
+    return __atomic_compare_exchange_n(word, &old, new, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }

@@ -2,6 +2,7 @@
 #ifndef KVMPY_MEMORY_H
 #define KVMPY_MEMORY_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Each region is contiguous for the guest and for us. */
@@ -17,7 +18,7 @@ struct kvmpy_memory {
 /* Where [gpa, gpa+size) is, or NULL when it is not wholly inside one region. */
 uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64_t size);
 
-/* Set bits of a word of guest RAM that vCPUs change too: accessed and dirty bits. */
-void kvmpy_or64(uint64_t *word, uint64_t bits);
+/* Put `new` into a word of guest RAM, which vCPUs change too, if it is still `old`; true: it was. */
+bool kvmpy_exchange(uint64_t *word, uint64_t old, uint64_t new);
 
 #endif

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SYSCALL_MSRS = (0xC000_0081, 0xC000_0082, 0xC000_0084)
 """IA32_STAR, IA32_LSTAR, IA32_FMASK (Intel SDM vol. 4, table 2-2)."""
+ADDRESS_SIZES = 0x8000_0008
+"""The leaf of CPUID whose EAX 7:0 is the width of a physical address."""
 FIRST_LOOK = 0.001
 """Seconds until it is first looked whether a vCPU is at a long string instruction."""
 IN_C = ("int3", "clac", "stac", "syscall", "page_fault")
@@ -87,8 +89,10 @@ class Completer:
         """What completes; made when it is first needed."""
         if self._assist is None:
             from kvmpy.machine.assist import Assist
+            from kvmpy.machine.assist.context import MAX_PHYS_ADDR
 
-            self._assist = Assist(self._memory)
+            bits = next((e.eax & 0xFF for e in self._vm.kvm.get_supported_cpuid() if e.function == ADDRESS_SIZES), 0)
+            self._assist = Assist(self._memory, max_phys_addr=bits or MAX_PHYS_ADDR)
         return self._assist
 
     def counts(self, vcpus: Iterable[Vcpu]) -> Counter[str]:

@@ -9,8 +9,8 @@ a view of guest RAM and parses it twice.
 
 import mmap
 import os
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 from kvmpy._shim import ffi, lib
 from kvmpy.errors import GuestMemoryError, ImageError
@@ -39,6 +39,14 @@ class MemoryRegion(NamedTuple):
     hva: int
     mapping: mmap.mmap
     """Held, that it lives as long as a slot made of this region."""
+
+
+def region_table(regions: Sequence[MemoryRegion]) -> Any:
+    """Return ``regions`` as a ``struct kvmpy_memory *``."""
+    table = ffi.new("struct kvmpy_memory *", {"nr_regions": len(regions)})
+    for i, region in enumerate(regions):
+        table.regions[i] = (region.gpa, region.size, ffi.cast("uint8_t *", region.hva))
+    return table
 
 
 class GuestMemory:
@@ -77,10 +85,8 @@ class GuestMemory:
         self._view = memoryview(self._mmap)
         self.backing = ("memfd" if shared else "anonymous memory") + (", 2 MiB pages" if hugepages else "")
         self.regions: tuple[MemoryRegion, ...] = tuple(self._regions(start))
-        self.table = ffi.new("struct kvmpy_memory *", {"nr_regions": len(self.regions)})
+        self.table = region_table(self.regions)
         """The same for C; whoever gives it to C keeps it alive."""
-        for i, region in enumerate(self.regions):
-            self.table.regions[i] = (region.gpa, region.size, ffi.cast("uint8_t *", region.hva))
 
     def _map(self, length: int) -> mmap.mmap:
         if self.fd < 0:

@@ -250,18 +250,14 @@ def _mark_used(memory: GuestMemory, paging: Paging, steps: tuple[Step, ...], *, 
 
 
 def _set_bits(memory: GuestMemory, step: Step, bits: int, entry_size: int) -> bool:
-    """Set ``bits`` in the entry if it is still the one that was read, and tell whether it was.
-
-    Another vCPU may change it just then: the bits are set atomically, so that at worst an entry that the guest
-    replaced at this moment is marked as used.
-    """
-    now = int.from_bytes(memory.read(step.gpa, entry_size), "little")
-    if (now ^ step.entry) & ~(ACCESSED | DIRTY):
-        return False
+    """Set ``bits`` in the entry, unless another vCPU has changed it since it was read; tell whether they are set."""
     word = step.gpa & ~7  # of which a 4-byte entry is one half
+    shift = 8 * (step.gpa - word)
+    now = int.from_bytes(memory.read(word, 8), "little")
+    if ((now >> shift & _mask(8 * entry_size)) ^ step.entry) & ~(ACCESSED | DIRTY):
+        return False
     region = memory.region_at(word, 8)
-    lib.kvmpy_or64(ffi.cast("uint64_t *", region.hva + word - region.gpa), bits << 8 * (step.gpa - word))
-    return True
+    return bool(lib.kvmpy_exchange(ffi.cast("uint64_t *", region.hva + word - region.gpa), now, now | bits << shift))
 
 
 def _is_canonical(linear: int, bits: int) -> bool:

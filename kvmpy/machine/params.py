@@ -39,7 +39,7 @@ class Parameters:
 def write(memory: GuestMemory, cores: int, parameters: Parameters, virtio: Sequence[VirtioWindow] = ()) -> None:
     """Fill the page in ``memory``; all of it, so that nothing of an earlier run stays.
 
-    ``virtio``: the virtio-mmio devices of the machine, in the order of `layout.virtio_windows`.
+    ``virtio``: the disks of the machine, in the order of `layout.virtio_windows`: its first devices.
 
     Raises:
         ValueError: the name, the id or a pair is not what `Parameters` allows, or the pairs do not fit; then nothing

@@ -25,7 +25,7 @@ from importlib import import_module
 
 from kvmpy._shim import lib
 from kvmpy.kvm import Debug, InternalError, Vcpu
-from kvmpy.machine.assist.context import PF, REGISTERS, Completion, Context, Fault, Refused
+from kvmpy.machine.assist.context import MAX_PHYS_ADDR, PF, REGISTERS, Completion, Context, Fault, Refused
 from kvmpy.machine.assist.decode import DecodeError, Instruction, decode
 from kvmpy.machine.assist.strings import StringAssist
 from kvmpy.machine.assist.syscall import SyscallAssist
@@ -37,15 +37,18 @@ MODULES = ("interrupts", "system", "xsave", "integer", "vector", "x87")
 
 
 class Assist:
-    """The assists of a machine with ``memory``. All but `counts` is called in the vCPU's own thread."""
+    """The assists of a machine with ``memory``. All but `counts` is called in the vCPU's own thread.
 
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
+    ``max_phys_addr``: bits of a physical address, as CPUID 0x80000008 tells the guest.
+    """
+
+    def __init__(self, memory: GuestMemory, *, max_phys_addr: int = MAX_PHYS_ADDR) -> None:
+        self._memory, self._max_phys_addr = memory, max_phys_addr
         self._states: dict[int, _VcpuState] = {}
 
     def _state(self, vcpu: Vcpu) -> "_VcpuState":
         if vcpu.vcpu_id not in self._states:
-            self._states[vcpu.vcpu_id] = _VcpuState(vcpu, self._memory)
+            self._states[vcpu.vcpu_id] = _VcpuState(vcpu, self._memory, self._max_phys_addr)
         return self._states[vcpu.vcpu_id]
 
     def complete(self, vcpu: Vcpu, exit: InternalError) -> str | None:
@@ -56,7 +59,8 @@ class Assist:
         state = self._state(vcpu)
         if exit.suberror != lib.KVM_INTERNAL_ERROR_EMULATION or not exit.instruction:
             return None
-        context = Context(vcpu, self._memory, vcpu.get_regs(), vcpu.get_sregs())
+        regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+        context = Context(vcpu, self._memory, regs, sregs, max_phys_addr=self._max_phys_addr)
         try:
             context.instruction = decode(exit.instruction, bits=context.bits)
         except (DecodeError, Refused):
@@ -114,10 +118,10 @@ class Assist:
 class _VcpuState:
     """What the assists know of one vCPU."""
 
-    def __init__(self, vcpu: Vcpu, memory: GuestMemory) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory, max_phys_addr: int) -> None:
         self.debug = GuestDebug(vcpu)
-        self.syscall = SyscallAssist(vcpu, memory, self.debug)
-        self.strings = StringAssist(vcpu, memory, self.debug)
+        self.syscall = SyscallAssist(vcpu, memory, self.debug, max_phys_addr)
+        self.strings = StringAssist(vcpu, memory, self.debug, max_phys_addr)
         self.counts: Counter[str] = Counter()
         self.refusal = ""
 

@@ -12,6 +12,7 @@ Floor: machine.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kvmpy._shim import lib
 from kvmpy.errors import GuestMemoryError
 from kvmpy.kvm import Vcpu
 from kvmpy.kvm.state import Regs, Sregs
@@ -30,6 +31,8 @@ REGISTERS = (
 """The general registers in the order of their numbers (Intel SDM vol. 2, table 2-2)."""
 
 CR4_LA57 = 1 << 12
+MAX_PHYS_ADDR = 52
+"""Of any processor so far: bits of a physical address (CPUID 0x80000008)."""
 
 
 class Fault(Exception):
@@ -51,11 +54,14 @@ class Context:
     ``rip`` is where the guest goes on: None is behind the instruction.
     """
 
-    def __init__(self, vcpu: Vcpu, memory: GuestMemory, regs: Regs, sregs: Sregs) -> None:
+    def __init__(
+        self, vcpu: Vcpu, memory: GuestMemory, regs: Regs, sregs: Sregs, *, max_phys_addr: int = MAX_PHYS_ADDR
+    ) -> None:
         self.vcpu, self.memory, self.regs, self.sregs = vcpu, memory, regs, sregs
         self.registers = [int(getattr(regs, name)) for name in REGISTERS]
         self.rflags = int(regs.rflags)
         self.rip: int | None = None
+        self._max_phys_addr = max_phys_addr
         self.instruction: Instruction
 
     @property
@@ -80,8 +86,7 @@ class Context:
     @property
     def paging(self) -> paging.Paging:
         """What address translation depends on."""
-        sregs = self.sregs
-        return paging.Paging(int(sregs.cr0), int(sregs.cr3), int(sregs.cr4), int(sregs.efer), self.rflags)
+        return paging_of(self.sregs, self.rflags, self._max_phys_addr)
 
     def operand_address(self, size: int) -> int:
         """Return the linear address of the memory operand of ``size`` bytes.
@@ -113,11 +118,13 @@ class Context:
             Fault: #PF, with nothing changed but the accessed and dirty bits of pages that may be accessed.
             Refused: some byte is not RAM.
         """
-        places, user = [], self.cpl == 3 and not system
+        places, user, tables = [], self.cpl == 3 and not system, self.paging
+        if system and self.cpl == 3:  # SMAP asks AC of explicit accesses alone (Intel SDM vol. 3 §4.6)
+            tables = tables._replace(rflags=tables.rflags & ~lib.X86_EFLAGS_AC)
         while size:
             length = min(size, PAGE_SIZE - linear % PAGE_SIZE)
             try:
-                gpa = paging.translate(self.memory, self.paging, linear, write=write, user=user)
+                gpa = paging.translate(self.memory, tables, linear, write=write, user=user)
             except paging.PageFault as fault:
                 raise Fault(PF, fault.error_code, fault.address) from None
             except (GuestMemoryError, paging.PageUnsupported) as error:
@@ -176,6 +183,11 @@ def without_lock(completion: Completion | None, instruction: Instruction) -> Com
 
 def _undefined(context: Context) -> None:
     raise Fault(UD)
+
+
+def paging_of(sregs: Sregs, rflags: int, max_phys_addr: int) -> paging.Paging:
+    """Return what address translation depends on, from a vCPU's registers."""
+    return paging.Paging(int(sregs.cr0), int(sregs.cr3), int(sregs.cr4), int(sregs.efer), rflags, max_phys_addr)
 
 
 def _mask(bits: int) -> int:

@@ -10,7 +10,8 @@ The state travels as XSAVE has it, in the standard format::
 SIMD exceptions. The host runs the instruction with all of them masked, and with clear flags: what it raised stands in
 MXCSR afterwards, and is compared with the guest's masks. Masked underflow is raised by an inexact tiny result only,
 unmasked underflow by an exact one too: for that there is a run before, with flush-to-zero, under which every tiny
-result raises it.
+result raises it. One thing is not exact: the flags beside an unmasked overflow or underflow are those of the masked
+one, so PE may be set where the processor would not have set it.
 
 x87 exceptions need no such thing: an unmasked one is raised by the next waiting instruction, which is checked here
 before it runs.

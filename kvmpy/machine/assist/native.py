@@ -73,7 +73,12 @@ class Executor:
         """Execute the instruction ``code``, change ``registers`` (but rsp), and return the status flags that it left.
 
         The caller answers for it: no fault, no stack, no memory but what its registers are known to point at.
+
+        Raises:
+            Refused: the host's processor has no XSAVE, so it cannot take the guest's FPU state.
         """
+        if use_fpu and "xsave" not in host_features():
+            raise Refused("the host's processor has no XSAVE")
         self._code[: len(code) + 1] = code + RET
         native = self._native
         native.registers, native.rflags = registers, rflags & STATUS_FLAGS

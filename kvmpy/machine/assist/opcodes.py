@@ -5,7 +5,7 @@ A map is 16 rows of 16 opcodes, one character each::
     .  nothing follows               M  ModRM
     b  8-bit immediate or offset     B  ModRM, 8-bit immediate
     z  16 or 32 bits                 Z  ModRM, 16 or 32 bits
-    j  near branch: as z, but always 32 bits in 64-bit code
+    j  near branch: as z, but 32 bits in 64-bit code (so Intel; with 66, AMD has 16)
     v  16, 32 or 64 bits             o  an offset of the address size (MOV of the accumulator)
     w  16 bits (W: and ModRM)        e  16 and 8 bits (ENTER)
     p  far pointer                   C  ModRM that always names registers (MOV of CRn and DRn)

@@ -23,7 +23,8 @@ Source: Intel SDM vol. 2, the instructions' pages and §2.3 (VEX).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from kvmpy.machine.assist.decode import Instruction, OpcodeMap
 
@@ -42,7 +43,8 @@ _PREFIXES = {"NP": (0,), "66": (0x66,), "F2": (0xF2,), "F3": (0xF3,), "NP+66": (
 _MAPS = {"0F": OpcodeMap.TWO_0F, "0F38": OpcodeMap.THREE_0F38, "0F3A": OpcodeMap.THREE_0F3A}
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One instruction in one encoding: without VEX, or with VEX of any length."""
 
     name: str
@@ -54,27 +56,27 @@ class Row(NamedTuple):
     reg: int | None = None
     lockable: bool = False
 
-    @property
+    @cached_property
     def memory(self) -> str:
         """The size of the memory operand, as the table has it; nothing where there can be none."""
         return next((operand[1:] for operand in self.operands if operand[0] in _MEMORY), "")
 
-    @property
+    @cached_property
     def writes_memory(self) -> bool:
         """The memory operand, if there is one, is the destination."""
         return self.operands[0][0] in _MEMORY
 
-    @property
+    @cached_property
     def vector(self) -> bool:
         """It uses vector registers."""
         return any(operand[0] in _VECTOR for operand in self.operands)
 
-    @property
+    @cached_property
     def mmx(self) -> bool:
         """It uses MMX registers, which are those of the x87 FPU."""
         return any(operand[0] in _MMX for operand in self.operands)
 
-    @property
+    @cached_property
     def x87(self) -> bool:
         """It is one of the x87 FPU."""
         return any(operand[0] == "F" for operand in self.operands)

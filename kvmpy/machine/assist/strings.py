@@ -22,6 +22,7 @@ from kvmpy.errors import GuestMemoryError
 from kvmpy.kvm import Vcpu
 from kvmpy.kvm.state import Regs, Sregs
 from kvmpy.machine import paging
+from kvmpy.machine.assist.context import MAX_PHYS_ADDR, paging_of
 from kvmpy.machine.guest_debug import ASSIST_SLOT, SLOTS, GuestDebug
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.units import PAGE_SIZE
@@ -74,8 +75,9 @@ class _Site:
 class StringAssist:
     """One vCPU's. To be used from the vCPU's thread, between two exits."""
 
-    def __init__(self, vcpu: Vcpu, memory: GuestMemory, debug: GuestDebug) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory, debug: GuestDebug, max_phys_addr: int = MAX_PHYS_ADDR) -> None:
         self._vcpu, self._memory, self._debug = vcpu, memory, debug
+        self._max_phys_addr = max_phys_addr
         self.finished = 0
         """Instructions of which this did a part."""
         self._interval = FIRST_LOOK
@@ -159,7 +161,7 @@ class StringAssist:
         if rip % PAGE_SIZE > PAGE_SIZE - LONGEST:
             return None
         try:
-            gpa = paging.translate(self._memory, _paging(regs, sregs), rip, fetch=True)
+            gpa = paging.translate(self._memory, self._paging(regs, sregs), rip, fetch=True)
             code = self._memory.read(gpa, LONGEST)
         except (paging.PageFault, paging.PageUnsupported, GuestMemoryError):
             return None
@@ -168,7 +170,7 @@ class StringAssist:
     def _move(self, regs: Regs, sregs: Sregs, instruction: StringInstruction) -> int:
         """Store or move page by page, as far as the pages can be had; return how many elements."""
         size, remaining, done = instruction.size, int(regs.rcx), 0
-        target, source, tables = int(regs.rdi), int(regs.rsi), _paging(regs, sregs)
+        target, source, tables = int(regs.rdi), int(regs.rsi), self._paging(regs, sregs)
         element = int(regs.rax).to_bytes(8, "little")[:size]
         for _ in range(MOST_PAGES):
             room = PAGE_SIZE - max(target % PAGE_SIZE, source % PAGE_SIZE if instruction.moves else 0)
@@ -192,6 +194,5 @@ class StringAssist:
             target, source = (target + count * size) % (1 << 64), (source + count * size) % (1 << 64)
         return done
 
-
-def _paging(regs: Regs, sregs: Sregs) -> paging.Paging:
-    return paging.Paging(int(sregs.cr0), int(sregs.cr3), int(sregs.cr4), int(sregs.efer), int(regs.rflags))
+    def _paging(self, regs: Regs, sregs: Sregs) -> paging.Paging:
+        return paging_of(sregs, int(regs.rflags), self._max_phys_addr)

@@ -24,7 +24,7 @@ import struct
 from kvmpy._shim import lib
 from kvmpy.kvm import Debug, Vcpu
 from kvmpy.kvm.state import Segment
-from kvmpy.machine.assist.context import PF, Context, Fault, Refused
+from kvmpy.machine.assist.context import MAX_PHYS_ADDR, PF, Context, Fault, Refused
 from kvmpy.machine.guest_debug import ASSIST_SLOT, GuestDebug
 from kvmpy.machine.memory import GuestMemory
 
@@ -46,9 +46,9 @@ SYSCALL = b"\x0f\x05"
 class SyscallAssist:
     """One vCPU's; what it finds out stands in the vCPU's ``struct kvmpy_assist``, for C too."""
 
-    def __init__(self, vcpu: Vcpu, memory: GuestMemory, debug: GuestDebug) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory, debug: GuestDebug, max_phys_addr: int = MAX_PHYS_ADDR) -> None:
         self._vcpu, self._memory, self._state = vcpu, memory, vcpu.assist
-        self.debug = debug
+        self.debug, self._max_phys_addr = debug, max_phys_addr
 
     def written(self, index: int, data: int) -> None:
         """Take note of one of MSRS that the guest has written, and put the breakpoint where the IDT says."""
@@ -69,7 +69,8 @@ class SyscallAssist:
         return high << 32 | middle << 16 | low if flags & GATE_PRESENT else None
 
     def _context(self) -> Context:
-        return Context(self._vcpu, self._memory, self._vcpu.get_regs(), self._vcpu.get_sregs())
+        regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()
+        return Context(self._vcpu, self._memory, regs, sregs, max_phys_addr=self._max_phys_addr)
 
     def complete(self, exit: Debug) -> str | None:
         """Do what the exit asks for; return what it was, or None: it is not ours."""

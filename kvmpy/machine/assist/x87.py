@@ -13,7 +13,7 @@ from functools import partial
 
 from kvmpy._shim import lib
 from kvmpy.machine.assist import fpu
-from kvmpy.machine.assist.context import NM, Completion, Context, Fault
+from kvmpy.machine.assist.context import NM, UD, Completion, Context, Fault
 from kvmpy.machine.assist.decode import Instruction, OpcodeMap
 from kvmpy.machine.assist.native import run_natively
 from kvmpy.machine.assist.rows import Row
@@ -126,6 +126,8 @@ def find(instruction: Instruction) -> Completion | None:
 
 def _fwait(context: Context) -> None:
     """Raise what is pending. Of CR0.TS it takes no notice without CR0.MP (Intel SDM vol. 3 §2.5)."""
+    if context.instruction.lock:
+        raise Fault(UD)
     cr0, both = context.sregs.cr0, lib.X86_CR0_MP | lib.X86_CR0_TS
     if cr0 & both == both:
         raise Fault(NM)

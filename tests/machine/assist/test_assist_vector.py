@@ -6,7 +6,7 @@
 from dataclasses import replace
 
 import pytest
-from native_state import CAMPAIGN, MEMORY, SIGFPE, SIGILL, SIGSEGV, SIGTRAP, Guest, Oracle, State, seeded
+from native_state import CAMPAIGN, INITIAL, MEMORY, SIGFPE, SIGILL, SIGSEGV, SIGTRAP, Guest, Oracle, State, seeded
 from random_instructions import Encoder
 
 from kvmpy.machine.assist import vector
@@ -57,6 +57,19 @@ def test_unmasked_exceptions_are_raised(guest: Guest, oracle: Oracle, masks: int
                 ours, after = (replace(one, xsave=_without_flags(one.xsave)) for one in (ours, after))
         assert ours.differences(after) == [], state.code.hex()
     assert (raised > 0) == (masks != 0x3F)
+
+
+@pytest.mark.parametrize("mxcsr", [0x1780, 0x9780, 0x1F80, 0x9F80])
+@pytest.mark.parametrize("factor", [0x3F000000, 0x3F800000])
+def test_an_exact_tiny_result_underflows_where_that_is_unmasked(
+    guest: Guest, oracle: Oracle, mxcsr: int, factor: int
+) -> None:
+    """The least normal number times a half, and one; with and without flush-to-zero."""
+    xmm0, memory = (number.to_bytes(4, "little").ljust(16, b"\0") for number in (0x00800000, factor))
+    xsave = INITIAL[:24] + mxcsr.to_bytes(4, "little") + INITIAL[28:160] + xmm0 + INITIAL[176:]
+    state = State(bytes.fromhex("f30f5906"), (MEMORY,) * 16, xsave=xsave, memory=memory.ljust(256, b"\0"))  # mulss
+    (after,) = oracle.compare(guest, [state])
+    assert after.signal == (SIGFPE if factor != 0x3F800000 and mxcsr & 0x800 == 0 else SIGTRAP)
 
 
 def _without_flags(xsave: bytes) -> bytes:

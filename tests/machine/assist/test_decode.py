@@ -103,7 +103,7 @@ def test_objdump_says_the_same_of_every_opcode(bits, capsys):
         total += len(codes)
     with capsys.disabled():
         print(f"\n{bits}-bit code, seed {seed}: {compared} of {total} instructions as objdump has them")
-    assert compared > total // 4
+    assert compared > total // 5
 
 
 # --- single cases -------------------------------------------------------------------------------------------------

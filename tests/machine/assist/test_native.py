@@ -1,5 +1,6 @@
 """The executor: it gives the host back what it had, shares nothing between threads, and maps no page W and X."""
 
+import ctypes
 import threading
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from kvmpy.machine.assist.fpu import AREA_SIZE
 from kvmpy.machine.assist.native import RSP, STATUS_FLAGS, executor, host_features, mxcsr_mask
 from kvmpy.machine.probe.bench import Bench
 
-RSI, RDI = 6, 7
+RDI = 7
+ROUND_DOWN = 0x400  # FE_DOWNWARD of <fenv.h>
 OWN_CONTROL = bytes.fromhex("0fae1f"), bytes.fromhex("d97f04")  # stmxcsr (%rdi), fnstcw 4(%rdi)
 
 
@@ -48,15 +50,30 @@ def test_status_flags_go_in_and_come_out(flags: int) -> None:
 
 def test_the_host_gets_its_fpu_back() -> None:
     """Masks, rounding and flags are the guest's only while its instruction runs."""
-    before = own_control()
-    host = executor()
-    host.area[:] = bytes(AREA_SIZE)
-    host.area[: len(INITIAL)] = INITIAL
-    host.area[0:2], host.area[24:28] = b"\x00\x0c", b"\x3f\xff\0\0"
-    host.execute(bytes.fromhex("d9ee"), [0] * 16, 0, use_fpu=True)  # fldz
-    assert host.area[1] == 0x0C
-    assert own_control() == before
-    assert (before[1:4], before[4:]) == (b"\x1f\0\0", b"\x7f\x03")
+    libm = ctypes.CDLL("libm.so.6")
+    libm.fesetround(ROUND_DOWN)
+    try:
+        before, host = own_control(), executor()
+        host.area[:] = INITIAL.ljust(AREA_SIZE, b"\0")
+        host.area[0:2], host.area[24:28] = b"\x00\x0c", b"\x3f\xff\0\0"
+        host.execute(bytes.fromhex("d9ee"), [0] * 16, 0, use_fpu=True)  # fldz
+        assert (host.area[1], host.area[24:28]) == (0x0C, b"\x3f\xff\0\0")
+        assert own_control() == before
+        assert (before[1:4], before[4:]) == (b"\x3f\0\0", b"\x7f\x07")
+    finally:
+        libm.fesetround(0)
+
+
+def test_the_hosts_x87_stack_is_empty_afterwards() -> None:
+    """Else the host's own long doubles would overflow it."""
+    host, registers = executor(), [0] * 16
+    host.area[:] = INITIAL.ljust(AREA_SIZE, b"\0")
+    host.area[4] = 0x7F  # seven registers are full, and then the eighth is
+    host.execute(bytes.fromhex("d9e8"), registers, 0, use_fpu=True)  # fld1
+    assert host.area[4] == 0xFF
+    registers[RDI] = host.bounce_address
+    host.execute(bytes.fromhex("d937"), registers, 0)  # fnstenv (%rdi)
+    assert host.bounce[8:10] == b"\xff\xff"
 
 
 def test_no_page_is_writable_and_executable() -> None:

@@ -4,10 +4,13 @@ Source: Intel SDM vol. 2 §2.4 (exceptions by instruction class) and the instruc
 registers), §6.5 (vectors).
 """
 
+from dataclasses import replace
+
 import pytest
 from native_faults import fault, mxcsr, of, run, vector
 from native_state import INITIAL, Guest
 
+from kvmpy.machine.assist import native
 from kvmpy.machine.assist.context import GP, MF, NM, UD, XM, Context, Fault, Refused
 from kvmpy.machine.assist.decode import decode
 from kvmpy.machine.assist.fpu import CR4_OSXSAVE
@@ -126,6 +129,7 @@ UNDEFINED = {
     "lock movups": "f00f1006",
     "lock popcnt": "f0f30fb8c1",
     "lock fld1": "f0d9e8",
+    "lock fwait": "f09b",
     "movntps of registers": "0f2bc1",
     "lddqu of registers": "f20ff0c1",
     "pmovmskb of memory": "660fd706",
@@ -153,8 +157,17 @@ def test_what_the_host_lacks_is_undefined(guest: Guest) -> None:
     assert row is not None
     require(context, row)
     with pytest.raises(Fault) as raised:
-        require(context, row._replace(feature="sse9"))
+        require(context, replace(row, feature="sse9"))
     assert raised.value.vector == UD
+
+
+def test_a_host_without_xsave_executes_nothing_that_has_fpu_state(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "host_features", lambda: frozenset(("sse", "popcnt")))
+    assert vector(guest, of(INSTRUCTIONS["popcnt"])) is None
+    with pytest.raises(Refused, match="XSAVE"):
+        run(guest, of(INSTRUCTIONS["addps"]))
 
 
 def test_code_that_is_not_64_bit_is_refused(guest: Guest) -> None:
