@@ -4,15 +4,16 @@
 #include <stddef.h>
 
 #define FIELD(name, at) _Static_assert(offsetof(struct kvmpy_native, name) == at, "the offset below")
-FIELD(rflags, 128); FIELD(code, 136); FIELD(xsave, 144); FIELD(mask, 152);
+FIELD(rflags, 128); FIELD(code, 136); FIELD(xsave, 144); FIELD(mask, 152); FIELD(is_new, 160);
 
 /* The initial state of all components (XSTATE_BV is 0), and MXCSR: what the FPU holds afterwards. */
 __attribute__((used, aligned(64))) static const uint32_t initial[576 / 4] = {[24 / 4] = 0x1f80};
 
-/* CPUID: the code was written through another mapping, so a serializing instruction comes before it (SDM vol. 3
+/* CPUID: new code was written through another mapping, so a serializing instruction comes before it (SDM vol. 3
  * §11.6). The stack is then: own MXCSR and x87 control word, the code, the struct (from the call on: guest's RDI). */
 __asm__(".text\n.globl kvmpy_native\n.hidden kvmpy_native\n.type kvmpy_native, @function\nkvmpy_native:\n"
-        "push %rbx; push %rbp; push %r12; push %r13; push %r14; push %r15; xor %eax, %eax; cpuid\n"
+        "push %rbx; push %rbp; push %r12; push %r13; push %r14; push %r15\n"
+        "cmpq $0, 160(%rdi); je 3f; xor %eax, %eax; cpuid; 3:\n"
         "push %rdi; pushq 136(%rdi); push %rax; stmxcsr (%rsp); fnstcw 4(%rsp)\n"
         "mov 144(%rdi), %rcx; mov 152(%rdi), %eax; mov 156(%rdi), %edx; jrcxz 1f; xrstor64 (%rcx)\n"
         "1: mov 128(%rdi), %rax; and $0x8d5, %eax; push %rax; popfq\n"

@@ -14,6 +14,7 @@ struct kvmpy_native {
     const void *code;       /* the instruction, and RET */
     void *xsave;            /* the guest's FPU state, as XSAVE has it, 64-byte aligned; NULL: the FPU is not touched */
     uint64_t mask;          /* which of its components */
+    uint64_t is_new;        /* the code was written since the last call */
 };
 
 /* Load the registers, call the code, and put into the struct and the XSAVE area what it left. */

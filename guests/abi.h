@@ -39,10 +39,10 @@
 #define KVMPY_PARAMS_OFF_ACK        0x78  /* u32 mailbox, guest to host: the request that it has seen */
 #define KVMPY_PARAMS_OFF_PAIRS_LEN  0x7c  /* u32: bytes of pairs */
 #define KVMPY_PARAMS_OFF_HEARTBEAT  0x80  /* u64: the guest counts here that it lives */
-#define KVMPY_PARAMS_OFF_VIRTIO_COUNT 0x88 /* u32: virtio-mmio devices of this machine */
-#define KVMPY_PARAMS_OFF_VIRTIO_GSI 0x90  /* u8 for each: the GSI of device i */
+#define KVMPY_PARAMS_OFF_VIRTIO_COUNT 0x88 /* u32: disks of this machine, its first virtio-mmio devices */
+#define KVMPY_PARAMS_OFF_VIRTIO_GSI 0x90  /* u8 for each: the GSI of disk i */
 #define KVMPY_PARAMS_OFF_PAIRS      0x100 /* key=value pairs, UTF-8, each ended by NUL */
 
 #define KVMPY_REQUEST_NONE        0
 #define KVMPY_REQUEST_STOP        1
-#define KVMPY_STOP_GSI            10  /* an ISA IRQ that no device of ours has */
+#define KVMPY_STOP_GSI            10  /* an edge with each request; to ACPI, the power button */

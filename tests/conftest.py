@@ -91,12 +91,14 @@ def start(vm: Vm, memory: GuestMemory) -> Callable[..., Vcpu]:
 
 # --- level 2 ----------------------------------------------------------------------------------------------------
 
+OF_PC = ("tracer", "serial", "debugcon", "virtio_console", "on_restart")
+
 
 @pytest.fixture
 def make_pc(tmp_path: Path) -> Iterator[Callable[..., Pc]]:
     """Return a function that makes a `Pc` which boots some assembly; the test's end closes it.
 
-    ``make_pc(text, mode="real", **fields of MachineSpec)``; ``tracer``, ``serial`` and ``debugcon`` go to the Pc.
+    ``make_pc(text, mode="real", **fields of MachineSpec)``; what is in OF_PC goes to the Pc.
     """
     with ExitStack() as stack:
         numbers = iter(range(10_000))
@@ -104,10 +106,10 @@ def make_pc(tmp_path: Path) -> Iterator[Callable[..., Pc]]:
         def make(text: str, mode: str = "real", **options: Any) -> Pc:
             image = tmp_path / f"guest{next(numbers)}.bin"
             image.write_bytes(assemble(text, mode))
-            sinks = {name: options.pop(name) for name in ("tracer", "serial", "debugcon") if name in options}
+            of_pc = {name: options.pop(name) for name in OF_PC if name in options}
             boot_options = BootOptions(format="flat", mode=CpuMode(mode))
             spec = {"memory": 4 * MiB, "boot_options": boot_options} | options
-            return stack.enter_context(Pc(MachineSpec(os.fspath(image), **spec), **sinks))
+            return stack.enter_context(Pc(MachineSpec(os.fspath(image), **spec), **of_pc))
 
         yield make
 

@@ -1,7 +1,9 @@
 """``kvmpy doctor``: tell whether KVM works on this host, what it can do, and how to mend what is wrong.
 
-Prints one line for each finding: ``ok``, ``note`` (guests run, but must do without) or ``FAIL`` (guests do not run),
-and below it what to do. A fix that several neighbours share stands once, below the last. Floor: cli.
+Prints one line for each finding: ``ok``, ``note`` (guests run; kvmpy does it for them, or they do without) or ``FAIL``
+(guests do not run), and below it what to do. A fix that several neighbours share stands once, below the last.
+
+Floor: cli.
 """
 
 import argparse
@@ -118,4 +120,5 @@ def _summary(examination: Examination) -> str:
     counts = ", ".join(f"{count[kind]} {kind}" for kind in (OK, NOTE, FAIL))
     if not examination.works:
         return f"{counts}, in {examination.seconds:.1f} s. kvmpy cannot run guests until the failures are mended."
-    return f"{counts}, in {examination.seconds:.1f} s. kvmpy runs guests; the notes say what they must do without."
+    does = "kvmpy runs guests; the notes say what it does for them, and what they do without."
+    return f"{counts}, in {examination.seconds:.1f} s. {does}"

@@ -83,6 +83,18 @@ def seconds(text: str) -> float:
 
 
 @reads
+def grace(text: str) -> float:
+    """Read a time in seconds that may be none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{text!r} is not a time: allowed is a number of seconds, 0 for none")
+    return value
+
+
+@reads
 def address(text: str) -> int:
     """Read a guest physical address."""
     try:

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmpy.cli.messages import one_line
 from kvmpy.errors import KvmError
-from kvmpy.machine.boot.detect import detect, protocol
-from kvmpy.machine.boot.image import ImageFile
-from kvmpy.pc import MachineSpec, Pc, RunResult
+from kvmpy.pc import OnReboot, Pc, RunResult
 from kvmpy.pc.dedicated import describe_exits
 from kvmpy.units import format_size
 
@@ -27,7 +25,9 @@ def stats_text(pc: Pc, result: RunResult) -> str:
         if use.reads or use.writes:
             lines.append(f"  {use.name:<10} {span(use.base, use.size):<12} {use.reads:>12} {use.writes:>12}")
     lines.append(f"  {'nobody':<10} {'':<12} {result.unmapped_reads:>12} {result.unmapped_writes:>12}")
-    lines += disk_lines(result)
+    lines += disk_lines(result) + assist_lines(result)
+    if pc.spec.on_reboot is OnReboot.RESTART:
+        lines += ["", f"  {'restarts':<23} {result.restarts:>12}"]
     lines += ["", "time in seconds", f"  {'wall':<23} {result.seconds:>12.6f}"]
     vcpus = "" if pc.spec.cores == 1 else f" ({pc.spec.cores} vCPUs)"
     lines.append(f"  {'in the guest' + vcpus:<23} {result.seconds_in_guest:>12.6f}")
@@ -48,6 +48,19 @@ def disk_lines(result: RunResult) -> list[str]:
             f"{done.flushes:>10} {done.errors:>8}"
         )
     return lines
+
+
+def assist_lines(result: RunResult) -> list[str]:
+    """Return a table of what was completed for the host's KVM; nothing where nothing had to be."""
+    if not result.assists:
+        return []
+    rows = [f"  {name:<23} {count:>12}" for name, count in most_used(result)]
+    return ["", "completed for the host's KVM", *rows]
+
+
+def most_used(result: RunResult) -> list[tuple[str, int]]:
+    """Return what was completed for the host's KVM and how often, the most frequent first."""
+    return sorted(result.assists.items(), key=lambda item: -item[1])
 
 
 def requests(counters: "BlockCounters") -> int:
@@ -78,10 +91,14 @@ def as_dict(pc: Pc, result: RunResult) -> dict[str, Any]:
         "status": result.status,
         "reason": str(result.reason),
         "message": result.message,
+        "panic": result.panic,
+        "last_words": list(result.last_words),
+        "restarts": result.restarts,
         "vcpu_id": result.end.vcpu_id,
         "value": result.end.value,
         "exits": result.exits,
         "exits_total": result.exits_total,
+        "assists": result.assists,
         "ranges": [
             {"name": use.name, "base": use.base, "size": use.size, "reads": use.reads, "writes": use.writes}
             for use in result.ranges
@@ -108,8 +125,12 @@ def host_line() -> str:
 
 def loaded_text(pc: Pc) -> str:
     """Return what was loaded how, in lines: the image and its protocol, memory, and what is dedicated."""
-    spec, entry = pc.spec, pc.entry
-    lines = [f"{os.fspath(spec.boot)}: {boot_title(spec)}, starts in {entry.mode} mode at 0x{entry.rip:x}"]
+    spec, loaded, entry = pc.spec, pc.loaded, pc.entry
+    lines = [f"{os.fspath(spec.boot)}: {loaded.title}, starts in {entry.mode} mode at 0x{entry.rip:x}"]
+    lines += [f"{os.fspath(spec.boot)}: {note}" for note in entry.notes]
+    if loaded.cmdline:
+        lines.append(f"command line: {loaded.cmdline}")
+    lines += [f"added to it: {word.text}: {word.why}" for word in loaded.words]
     places = ", ".join(span(region.gpa, region.size) for region in pc.memory.regions)
     lines.append(f"memory: {format_size(spec.memory)} at {places}, backed by {pc.memory.backing}")
     host_cpus = pc.dedication.vcpu_cpus if pc.dedication else spec.pin
@@ -131,19 +152,14 @@ def disk_line(disk: "AttachedDisk") -> str:
     return f"disk {disk.path}: {image}, {queues}, at 0x{disk.window.gpa:x}, GSI {disk.window.gsi}"
 
 
-def boot_title(spec: MachineSpec) -> str:
-    """Return the name of the boot protocol that ``spec`` leads to."""
-    if spec.boot_options.format is not None:
-        return protocol(spec.boot_options.format).TITLE
-    with ImageFile(spec.boot) as image:
-        return detect(image).TITLE
-
-
 def ended_text(pc: Pc, result: RunResult) -> str:
     """Return what else is worth knowing of a run: accesses that nobody answered, and how KVM mapped the memory."""
     lines = [f"ended: {result.reason}, status {result.status}"]
     if result.unmapped_reads or result.unmapped_writes:
         lines.append(f"nobody answered {result.unmapped_reads} reads (all ones) and {result.unmapped_writes} writes")
+    if result.assists:
+        counts = ", ".join(f"{name} {count}" for name, count in most_used(result))
+        lines.append(f"completed for the host's KVM: {counts}")
     try:
         stats = pc.machine.vm.get_stats()
         if stats["pages_4k"] or stats["pages_2m"]:

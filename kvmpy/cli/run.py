@@ -13,8 +13,8 @@ from kvmpy.errors import ImageError
 from kvmpy.machine.boot.detect import PROTOCOLS
 from kvmpy.machine.boot.plan import BootOptions, CpuMode, Module
 from kvmpy.machine.bus import Mode
-from kvmpy.pc import Announcement, DebugExit, MachineSpec
-from kvmpy.pc.spec import DEVICES
+from kvmpy.pc import Announcement, DebugExit, MachineSpec, OnReboot
+from kvmpy.pc.spec import DEVICES, Console
 from kvmpy.units import MiB
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def configure(parser: Parser) -> None:
     add("--hugepages", action="store_true", help="back memory with 2 MiB pages")
     add("--dedicated", action="store_true", help="type-1 style: a host CPU for each vCPU, memory locked")
     add("--pin", metavar="LIST", type=types.cpu_list, default=(), help="host CPU of each vCPU: 0,1")
+    add("--rng", action="store_true", help="a virtio entropy device")
     add("--name", metavar="NAME", help="the machine's name on its parameter page (FILE's)")
     add("--param", metavar="KEY=VALUE", type=types.pair, action="append", default=[], help="a pair on that page")
     add(
@@ -60,7 +61,8 @@ def configure(parser: Parser) -> None:
     boot = parser.add_argument_group("booting")
     add = boot.add_argument
     add("--format", metavar="FORMAT", choices=PROTOCOLS, help=f"{', '.join(PROTOCOLS)} (found out)")
-    add("--append", metavar="TEXT", default="", help="the kernel's command line")
+    add("--append", metavar="TEXT", action="append", default=[], help="the kernel's command line; may be repeated")
+    add("--append-exact", action="store_true", help="add no word to it: see -v for those")
     add("--initrd", metavar="FILE", help="a ramdisk")
     add("--module", metavar="FILE[,TEXT]", type=module, action="append", default=[], help="a module, its command line")
     add("--address", metavar="GPA", type=types.address, help="flat: where to load")
@@ -69,12 +71,31 @@ def configure(parser: Parser) -> None:
     ports = parser.add_argument_group("input and output")
     add = ports.add_argument
     add("-i", "--interactive", action="store_true", help="keys go to the guest; Ctrl-A x ends, Ctrl-A c: monitor")
+    add(
+        "--console",
+        choices=[str(device) for device in Console],
+        default="serial",
+        help="where standard input goes: COM1, or a virtio console beside it (serial)",
+    )
     add("--serial", metavar="WHERE", type=place, default="stdio", help="stdio, file:PATH or none (stdio)")
     add("--debugcon", metavar="WHERE", type=place, default="stdio", help="the same for port 0xe9")
     run = parser.add_argument_group("the run")
     add = run.add_argument
     add("--timeout", metavar="SECONDS", type=types.seconds, help="end the run after that time")
     add("--max-exits", metavar="N", type=types.budget, help="end the run after N exits of a vCPU")
+    add(
+        "--on-reboot",
+        choices=[str(what) for what in OnReboot],
+        default="exit",
+        help="what follows when the guest resets the machine (exit)",
+    )
+    add(
+        "--grace",
+        metavar="SECONDS",
+        type=types.grace,
+        default=0.0,
+        help="at SIGTERM or SIGHUP, ask the guest to stop, and give it that time (0)",
+    )
     add("--debug-exit", choices=[str(kind) for kind in DebugExit], default="kvmpy", help="whose exit statuses (kvmpy)")
     add("--trace", action="store_true", help="show each exit")
     add("--stats", action="store_true", help="show exits and times at the end")
@@ -123,8 +144,8 @@ def execute(arguments: Namespace) -> int:
         arguments = with_lesson(arguments)
     if arguments.interactive and not os.isatty(STDIN):
         raise UsageError("-i needs a terminal on standard input", "kvmpy run")
-    if arguments.interactive and arguments.serial == "none":
-        raise UsageError("-i needs a serial port: not --serial none", "kvmpy run")
+    if arguments.interactive and arguments.serial == "none" and arguments.console == Console.SERIAL:
+        raise UsageError("-i needs a serial port, or --console virtio: not --serial none", "kvmpy run")
     return run(arguments, spec_of(arguments))
 
 
@@ -141,6 +162,8 @@ def with_lesson(arguments: Namespace) -> Namespace:
     defaults = arguments.parser.parse_args([*lesson.options, arguments.file])
     chosen: Namespace = arguments.parser.parse_args(arguments.argv, namespace=defaults)
     chosen.file = str(lesson.image)
+    if arguments.append:  # in place of the lesson's, not behind it
+        chosen.append = arguments.append
     if lesson.disk and not chosen.disk:
         example = f"kvmpy blob create disk.blob --size {lesson.disk}"
         raise UsageError(f"lesson {lesson.name} needs a disk: {example}, then --disk disk.blob", "kvmpy run")
@@ -154,7 +177,7 @@ def spec_of(arguments: Namespace) -> MachineSpec:
         cores=arguments.cores,
         memory=arguments.mem,
         boot_options=BootOptions(
-            append=arguments.append,
+            append=" ".join(arguments.append),
             modules=tuple(arguments.module),
             initrd=arguments.initrd,
             format=arguments.format,
@@ -166,6 +189,9 @@ def spec_of(arguments: Namespace) -> MachineSpec:
         parameters=dict(arguments.param),
         disks=arguments.disk,
         virtio=Announcement(arguments.virtio),
+        rng=arguments.rng,
+        console=Console(arguments.console),
+        append_exact=arguments.append_exact,
         hugepages=arguments.hugepages,
         dedicated=arguments.dedicated,
         pin=arguments.pin,
@@ -174,6 +200,7 @@ def spec_of(arguments: Namespace) -> MachineSpec:
         trace_exits=arguments.trace,
         measure_time=arguments.stats or arguments.json is not None,
         max_exits=arguments.max_exits,
+        on_reboot=OnReboot(arguments.on_reboot),
     )
 
 

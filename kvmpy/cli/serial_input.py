@@ -1,9 +1,10 @@
-"""Standard input that is no terminal: a pipe or file feeds the serial port to its end, at the guest's pace."""
+"""Standard input that is no terminal: a pipe or file feeds the guest's console to its end, at the guest's pace."""
 
 import os
+from collections.abc import Callable
 
 from kvmpy.cli.messages import say
-from kvmpy.devices.serial import Uart16550
+from kvmpy.devices.line import Line
 from kvmpy.pc.loop import EventLoop
 
 AHEAD = 4096
@@ -11,18 +12,21 @@ AHEAD = 4096
 
 
 class SerialInput:
-    """Reads ``fd`` while fewer than AHEAD bytes wait in ``uart``, and from the start again when it has drained."""
+    """Reads ``fd`` while fewer than AHEAD bytes wait in the line, and from the start again when it has drained.
 
-    def __init__(self, fd: int, uart: Uart16550, loop: EventLoop) -> None:
+    ``line`` gives the one that is there now: a reboot may bring another, which takes over what waits.
+    """
+
+    def __init__(self, fd: int, line: Callable[[], Line], loop: EventLoop) -> None:
         self._fd = fd
-        self._uart = uart
+        self._line = line
         self._loop = loop
         self._reading = True
         # Drained is noticed by a vCPU's thread; the loop's watches are the loop's thread's alone.
         self._drained_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.watch(fd, self._read)
         loop.watch(self._drained_fd, self._read_on)
-        uart.on_drained = self._on_drained
+        line().on_drained = self._on_drained
 
     def _read(self) -> None:
         try:
@@ -36,8 +40,8 @@ class SerialInput:
             self._loop.unwatch(self._fd)
             self._loop.unwatch(self._drained_fd)
             return
-        self._uart.feed(data)
-        if self._uart.pending >= AHEAD:
+        self._line().feed(data)
+        if self._line().pending >= AHEAD:
             self._reading = False
             self._loop.unwatch(self._fd)
             # What drained in between has set the event already, and wakes us at once.

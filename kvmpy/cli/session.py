@@ -11,8 +11,10 @@ from kvmpy.cli.output import Output, open_output
 from kvmpy.cli.serial_input import SerialInput
 from kvmpy.errors import KvmpyError
 from kvmpy.machine.bus import Mode
+from kvmpy.machine.machine import EndReason
 from kvmpy.pc import MachineSpec, Pc, RunResult
 from kvmpy.pc.loop import Deadline
+from kvmpy.pc.spec import Console
 
 if TYPE_CHECKING:
     from kvmpy.cli.json_file import JsonFile
@@ -61,13 +63,23 @@ class Session:
 
             check_path(arguments.dump_core)
         serial, debugcon = self._port("--serial", arguments.serial), self._port("--debugcon", arguments.debugcon)
+        console = self._port("--console", "stdio" if spec.console is Console.VIRTIO else "none")
         host_cpus = len(os.sched_getaffinity(0))
         self.pc = stack.enter_context(
-            Pc(spec, serial=serial.write if serial else None, debugcon=debugcon.write if debugcon else None)
+            Pc(
+                spec,
+                serial=serial.write if serial else None,
+                debugcon=debugcon.write if debugcon else None,
+                virtio_console=console.write if console else None,
+                on_restart=self._on_restart,
+            )
         )
         if spec.cores > host_cpus:
             say(f"warning: {spec.cores} cores take turns on {host_cpus} host CPUs")
         self._interruption.attach(self.pc.loop, self.pc.stop)
+        if arguments.grace:
+            grace = self._interruption.grace(arguments.grace, ask=self.pc.request_stop, stop=self.pc.stop)
+            stack.enter_context(grace)
         self._watch_exits()
 
     # --- what the guest is tied to ------------------------------------------------------------------------------
@@ -102,14 +114,17 @@ class Session:
             from kvmpy.cli.trace import Tracer
 
             output = self._output(STDERR, "standard error")
-            self.pc.machine.tracer = Tracer(self.pc.machine, output, all_exits=self._arguments.trace)
+            self.pc.machine.tracer = Tracer(self.pc, output, all_exits=self._arguments.trace)
 
     def _tie_input(self, block: ExitStack) -> None:
-        """Let the serial port hear standard input, within ``block``."""
+        """Let the guest's console hear standard input, within ``block``."""
         if self._arguments.interactive:
             self._tie_terminal(block)
-        elif self._arguments.serial != "none" and not os.isatty(STDIN):
-            block.callback(SerialInput(STDIN, self.pc.serial, self.pc.loop).close)
+        elif self._hears_keys() and not os.isatty(STDIN):
+            block.callback(SerialInput(STDIN, lambda: self.pc.console, self.pc.loop).close)
+
+    def _hears_keys(self) -> bool:
+        return self.pc.spec.console is Console.VIRTIO or self._arguments.serial != "none"
 
     def _tie_terminal(self, block: ExitStack) -> None:
         from kvmpy.cli.monitor import Monitor
@@ -117,13 +132,14 @@ class Session:
 
         keyboard = Keyboard(STDIN, guest=self._type, monitor=Monitor(self.pc), stop=self.pc.stop)
         block.enter_context(RawTerminal(STDIN))
+        self.pc.resize_console(*os.get_terminal_size(STDIN))
         say(KEYS)
         self.pc.loop.watch(STDIN, keyboard.read)
         block.callback(self.pc.loop.unwatch, STDIN)
 
     def _type(self, keys: bytes) -> None:
-        room = max(0, KEYS_AHEAD - self.pc.serial.pending)
-        self.pc.serial.feed(keys[:room])
+        room = max(0, KEYS_AHEAD - self.pc.console.pending)
+        self.pc.console.feed(keys[:room])
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -149,6 +165,12 @@ class Session:
 
                 write_core(self.pc, arguments.dump_core)
 
+    def _on_restart(self, result: RunResult) -> None:
+        """Say that the guest boots again: of a crash always, of a reboot that it wanted when that is asked for."""
+        if self._arguments.verbose or result.reason is not EndReason.RESET:
+            self._end_line()
+            say(f"{result.message}: restart {result.restarts + 1}")
+
     def report(self, result: RunResult) -> int:
         """Say how the run ended and write what was asked for; return the exit status. Raises OSError."""
         arguments = self._arguments
@@ -158,6 +180,8 @@ class Session:
         errors = [output.error for output in self._outputs if output.error is not None and not interrupted]
         if result.message and not errors:
             say(result.message)
+        if result.panic is not None:
+            self._report_panic(result)
         if arguments.verbose or arguments.stats:
             from kvmpy.cli.report import ended_text, stats_text
 
@@ -167,6 +191,13 @@ class Session:
             if not isinstance(error, BrokenPipeError):  # that reader has seen enough: the run was interrupted
                 raise error
         return result.status
+
+    def _report_panic(self, result: RunResult) -> None:
+        if result.reason is not EndReason.PANIC:
+            say(f"the guest's kernel panicked: {result.panic}")
+        above = self._arguments.serial == "stdio" and os.isatty(STDOUT) and os.isatty(STDERR)
+        if not above:
+            show("".join(f"  {line}\n" for line in result.last_words))
 
     def _end_line(self) -> None:
         """Begin a new line on a terminal where the guest left one unfinished: ours shall not be behind it."""

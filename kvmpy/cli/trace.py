@@ -19,22 +19,23 @@ from kvmpy.kvm import (
 from kvmpy.kvm.decode import reason_name
 from kvmpy.machine.bus import Bus, Mode
 from kvmpy.machine.machine import Machine
+from kvmpy.pc import Pc
 
 SHOWN = 16
 """Bytes of a string instruction that are shown."""
 
 
 class Tracer:
-    """Prints exits of ``machine`` as they were handled: each one, or those of devices in mode "trace" alone."""
+    """Prints exits of ``pc`` as they were handled: each one, or those of devices in mode "trace" alone."""
 
-    def __init__(self, machine: Machine, output: Output, *, all_exits: bool) -> None:
-        self._machine = machine
+    def __init__(self, pc: Pc, output: Output, *, all_exits: bool) -> None:
+        self._pc = pc
         self._output = output
         self._all = all_exits
 
     def __call__(self, vcpu: Vcpu, exit: Exit) -> None:
         """Print a line for ``exit``; from the vCPU's thread."""
-        bus = accessed(self._machine, exit)
+        bus = accessed(self._pc.machine, exit)
         owner = bus[0].find(bus[1], bus[2]) if bus else None
         if self._all or (owner is not None and owner.mode is Mode.TRACE):
             name = f" {owner.name}" if owner else " nobody" if bus else ""

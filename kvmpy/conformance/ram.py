@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from kvmpy.machine.memory import GuestMemory, MemoryRegion
+from kvmpy.machine.memory import GuestMemory, MemoryRegion, region_table
 from kvmpy.units import GiB, KiB
 
 HOLED = ((0, 1024 * KiB), (1024 * KiB, 512 * KiB), (4 * GiB, 512 * KiB))
@@ -13,6 +13,7 @@ def memory_in_regions(regions: Sequence[tuple[int, int]]) -> GuestMemory:
     """Return guest memory with just these regions, as (gpa, bytes), where a real machine has at most two."""
     memory = GuestMemory(sum(size for _, size in regions))
     memory.regions = tuple(_regions(memory, regions))
+    memory.table = region_table(memory.regions)
     return memory
 
 

@@ -34,6 +34,7 @@ from kvmpy.devices.block_request import (
     split,
 )
 from kvmpy.devices.extent_table import ExtentTable, Run
+from kvmpy.devices.virtio_device import scatter
 from kvmpy.errors import DiskError
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.storage.disk import SECTOR_SIZE, ZEROS, DiskImage, Extent, SyncFailed
@@ -127,12 +128,7 @@ class BlockExecutor:
         self._complete_write()
 
     def _get_id(self, data: Segments) -> Result:
-        target, _ = split(data, len(self._serial))
-        rest = self._serial
-        for gpa, size in target:
-            self._memory.write(gpa, rest[:size])
-            rest = rest[size:]
-        return Result(lib.VIRTIO_BLK_S_OK, data_written=size_of(target))
+        return Result(lib.VIRTIO_BLK_S_OK, data_written=scatter(self._memory, data, self._serial))
 
     # --- durability -------------------------------------------------------------------------------------------------
 

@@ -16,10 +16,8 @@ beginning to end. The C engine does better; this one is the text to read and the
 Source: virtio 1.2 §5.2.6. Floor: devices.
 """
 
-import os
-import select
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Lock
 
 from kvmpy._shim import lib
@@ -27,15 +25,11 @@ from kvmpy.devices.block import BlockCounters, BlockSettings
 from kvmpy.devices.block_execute import BlockExecutor, Result
 from kvmpy.devices.block_request import BlockRequest, Command, Limits, Read, Write, Zero, parse, size_of
 from kvmpy.devices.interrupt import Interrupt
+from kvmpy.devices.python_queue import PythonQueue
 from kvmpy.devices.token_bucket import RateLimit
-from kvmpy.devices.virtqueue import Chain, Fault, QueueFault, QueueSetup, SplitQueue
-from kvmpy.devices.virtqueue_packed import PackedQueue
+from kvmpy.devices.virtqueue import Chain, QueueSetup
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.storage.disk import DiskImage
-
-NANOSECONDS_IN_A_MILLISECOND = 10**6
-LONGEST_POLL_MS = 60_000
-"""A debt may take years to pay off; poll counts its milliseconds in 31 bits."""
 
 
 class PythonBlock:
@@ -50,9 +44,10 @@ class PythonBlock:
         self._iops = RateLimit(settings.iops) if settings.iops else None
         self._bps = RateLimit(settings.bps) if settings.bps else None
 
-    def open_queue(self, setup: QueueSetup, interrupt: Interrupt, kick_fd: int) -> "PythonQueue":
+    def open_queue(self, setup: QueueSetup, interrupt: Interrupt, kick_fd: int) -> PythonQueue:
         """Serve the rings of ``setup``, which `ring_fault` found sound; ``kick_fd`` is an eventfd."""
-        return PythonQueue(self, self._memory, setup, interrupt, kick_fd)
+        requests = _Requests(self, self._memory, setup.features)
+        return PythonQueue(self._memory, setup, interrupt, kick_fd, requests.execute)
 
     def set_writeback(self, writeback: bool) -> None:
         """Let a write complete before it is durable, or not; requests that begin after the return obey."""
@@ -115,93 +110,29 @@ def _counted(counters: BlockCounters, request: BlockRequest, result: Result) -> 
             return counters._replace(others=counters.others + 1)
 
 
-class PythonQueue:
-    """One virtqueue being served: a `kvmpy.devices.block.BlockQueue`."""
+class _Requests:
+    """The chains of one queue, as requests of a driver that has negotiated ``features``."""
 
-    def __init__(
-        self, block: PythonBlock, memory: GuestMemory, setup: QueueSetup, interrupt: Interrupt, kick_fd: int
-    ) -> None:
+    def __init__(self, block: PythonBlock, memory: GuestMemory, features: int) -> None:
         self._block = block
         self._memory = memory
-        self._features = setup.features
-        self._ring = (PackedQueue if setup.has(lib.VIRTIO_F_RING_PACKED) else SplitQueue)(memory, setup)
-        self._interrupt = interrupt
-        self._kick_fd = kick_fd
-        self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._stopped = False
-        self._fault: Fault | None = None
+        self._features = features
 
-    def serve(self) -> Fault | None:
-        """As `process`, then wait for the kick eventfd, and again, until `stop`: then return None."""
-        poll = select.poll()
-        poll.register(self._kick_fd, select.POLLIN)
-        poll.register(self._stop_fd, select.POLLIN)
-        while (fault := self.process()) is None and not self._stopped:
-            ready = dict(poll.poll())
-            if self._kick_fd in ready:
-                # Before the ring is looked at: a kick that comes later is seen by the next poll.
-                with suppress(BlockingIOError):
-                    os.eventfd_read(self._kick_fd)
-        return fault
-
-    def process(self) -> Fault | None:
-        """Serve all that is available now and return. A Fault broke the queue, for ever."""
-        try:
-            while self._fault is None and not self._stopped:
-                if self._ring.available():
-                    self._ring.disable_notifications()
-                    self._serve_available()
-                    if self._stopped:
-                        break
-                self._ring.enable_notifications()
-                # The driver may have looked at the ring just before and not notified: look again.
-                if not self._ring.available():
-                    break
-        except QueueFault as error:
-            self._fault = error.fault
-        return self._fault
-
-    def _serve_available(self) -> None:
-        try:
-            while not self._stopped and (chain := self._ring.pop()) is not None:
-                self._serve_chain(chain)
-        finally:
-            self._interrupt_driver()
-
-    def _serve_chain(self, chain: Chain) -> None:
+    def execute(self, chain: Chain, queue: PythonQueue) -> int | None:
+        """Execute one request; return how many bytes were written, with its status, or None: stopped before."""
         request = parse(self._memory, chain, self._block.limits(self._features))
         if request is None:
-            self._ring.push(chain, 0)
-        elif self._pay(request.command):
-            result = self._block.execute(request)
-            self._memory.write(request.status_gpa, bytes([result.status]))
-            self._ring.push(chain, result.data_written + 1)
+            return 0
+        if not self._pay(request.command, queue):
+            return None
+        result = self._block.execute(request)
+        self._memory.write(request.status_gpa, bytes([result.status]))
+        return result.data_written + 1
 
-    def _interrupt_driver(self) -> None:
-        if self._ring.wants_interrupt():
-            self._interrupt.raise_(lib.VIRTIO_MMIO_INT_VRING)
-
-    def _pay(self, command: Command) -> bool:
+    def _pay(self, command: Command, queue: PythonQueue) -> bool:
         """Wait until the rate limits let ``command`` pass; return False when the queue was stopped before."""
         for limit, price in self._block.tolls(command):
             while wait_ns := limit.take(price):
-                self._interrupt_driver()  # for what is done: it shall not wait too
-                if self._wait_for_stop(wait_ns):
+                if not queue.wait(timeout_ns=wait_ns):
                     return False
         return True
-
-    def _wait_for_stop(self, timeout_ns: int) -> bool:
-        poll = select.poll()
-        poll.register(self._stop_fd, select.POLLIN)
-        return bool(poll.poll(min(timeout_ns / NANOSECONDS_IN_A_MILLISECOND, LONGEST_POLL_MS)))
-
-    def stop(self) -> None:
-        """Make `serve` or `process` return soon, from any thread; the queue stays stopped until it is closed."""
-        self._stopped = True
-        os.eventfd_write(self._stop_fd, 1)
-
-    def close(self) -> None:
-        """Free what the queue holds; nobody serves it any more. Closing twice is harmless."""
-        if self._stop_fd >= 0:
-            os.close(self._stop_fd)
-            self._stop_fd = -1

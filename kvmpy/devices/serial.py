@@ -20,6 +20,10 @@ chip allows: when the guest looks (LSR, IIR, RBR) or would be interrupted, and n
 level at a time. So input never overruns, a driver that clears the FIFOs first of all loses none of it, and the
 interrupt pin falls and rises for each byte or batch, which a driver behind an edge-triggered PIC needs.
 
+The host heeds RTS, once the driver uses it: after it was raised, or while DTR stands alone, nothing arrives without it.
+A driver may read RBR blindly before it raises RTS, to empty it: Linux does, three times. Who never touches
+the two signals hears all the same.
+
 Not here: who reads what the guest sends, and terminals.
 
 Source: National Semiconductor PC16550D datasheet, "Registers" and "FIFO Interrupt Mode Operation".
@@ -77,6 +81,7 @@ class Uart16550:
         self._divisor = [DIVISOR_115200, 0]
         self._ier = self._lcr = self._mcr = self._scr = 0
         self._modem_deltas = 0
+        self._uses_rts = False
         self._fifo_size = 1
         self._trigger = 1
         self._overrun = self._timed_out = self._sent = self._fed = False
@@ -104,6 +109,13 @@ class Uart16550:
             self._fed = bool(self._queue)
             drained = self._settle()
         self._tell(drained)
+
+    def take_over(self, line: "Uart16550") -> None:
+        """Take the place of another chip: what the host sent, and that has not arrived, arrives here."""
+        self.on_drained = line.on_drained
+        with line._lock:
+            waiting = bytes(line._queue)
+        self.feed(waiting)
 
     def _retry(self) -> None:
         """Send what waits: the reader has made room. Nothing else would wake a driver that sleeps until THRE."""
@@ -181,7 +193,12 @@ class Uart16550:
 
     def _can_arrive(self) -> bool:
         """Whether a byte of the queue would arrive at the next look: looped back, the receiver hears no line."""
-        return bool(self._queue) and not self._mcr & lib.UART_MCR_LOOP and len(self._received) < self._trigger
+        hears = not self._mcr & lib.UART_MCR_LOOP and self._may_send()
+        return bool(self._queue) and hears and len(self._received) < self._trigger
+
+    def _may_send(self) -> bool:
+        """Whether the host may send: RTS says so, where the driver uses it."""
+        return bool(self._mcr & lib.UART_MCR_RTS) or not (self._uses_rts or self._mcr & lib.UART_MCR_DTR)
 
     def _arrive(self) -> None:
         """Let bytes come in, up to the trigger level. What stays below it has timed out: no more will come."""
@@ -264,6 +281,7 @@ class Uart16550:
     def _write_mcr(self, value: int) -> None:
         before = self._modem_inputs()
         self._mcr = value
+        self._uses_rts |= value & (lib.UART_MCR_RTS | lib.UART_MCR_LOOP) == lib.UART_MCR_RTS
         after = self._modem_inputs()
         # Each delta is its status bit, four lower; RI counts only where it ends (TERI).
         changed = before ^ after

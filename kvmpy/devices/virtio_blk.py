@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from kvmpy._shim import lib
 from kvmpy.devices.block import BlockCounters, BlockQueue, BlockSettings, MakeEngine
 from kvmpy.devices.virtio_blk_config import BlkConfig
-from kvmpy.devices.virtio_device import Identity, feature_bits
+from kvmpy.devices.virtio_device import RING_FEATURES, Identity, feature_bits
 from kvmpy.storage.disk import DiskImage
 
 if TYPE_CHECKING:
@@ -33,12 +33,7 @@ if TYPE_CHECKING:
 
 QUEUES_MAX = 64
 
-ALWAYS_OFFERED = feature_bits(
-    lib.VIRTIO_F_VERSION_1,
-    lib.VIRTIO_F_RING_PACKED,
-    lib.VIRTIO_F_RING_RESET,
-    lib.VIRTIO_RING_F_INDIRECT_DESC,
-    lib.VIRTIO_RING_F_EVENT_IDX,
+ALWAYS_OFFERED = RING_FEATURES | feature_bits(
     lib.VIRTIO_BLK_F_SEG_MAX,
     lib.VIRTIO_BLK_F_BLK_SIZE,
     lib.VIRTIO_BLK_F_TOPOLOGY,

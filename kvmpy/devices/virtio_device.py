@@ -1,18 +1,21 @@
 """What a virtio device is to its transport: an identity, a configuration space, and queues that it can open.
 
 The transport (`kvmpy.devices.virtio_mmio`) knows registers, feature negotiation and the life of queues; the device
-knows what its features mean and what is in its queues. Types only.
+knows what its features mean and what is in its queues. Types, and what all devices need.
 
 Source: virtio 1.2 §2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from kvmpy._shim import lib
 
 if TYPE_CHECKING:
     from kvmpy.devices.block import BlockQueue
     from kvmpy.devices.interrupt import Interrupt
-    from kvmpy.devices.virtqueue import QueueSetup
+    from kvmpy.devices.virtqueue import QueueSetup, Segment
+    from kvmpy.machine.memory import GuestMemory
 
 
 class Identity(NamedTuple):
@@ -62,3 +65,24 @@ class VirtioDevice(Protocol):
 def feature_bits(*features: int) -> int:
     """Return 64 feature bits from their numbers."""
     return sum(1 << feature for feature in features)
+
+
+RING_FEATURES = feature_bits(
+    lib.VIRTIO_F_VERSION_1,
+    lib.VIRTIO_F_RING_PACKED,
+    lib.VIRTIO_F_RING_RESET,
+    lib.VIRTIO_RING_F_INDIRECT_DESC,
+    lib.VIRTIO_RING_F_EVENT_IDX,
+)
+"""What the transport and the queues can do, and so every device of ours offers."""
+
+
+def scatter(memory: "GuestMemory", segments: "Iterable[Segment]", data: bytes) -> int:
+    """Write ``data`` into ``segments``, one after the other, as far as they go; return how many bytes they took."""
+    done = 0
+    for gpa, size in segments:
+        piece = data[done : done + size]
+        if piece:
+            memory.write(gpa, piece)
+        done += len(piece)
+    return done

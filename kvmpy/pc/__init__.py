@@ -2,6 +2,16 @@
 
 from kvmpy.pc.pc import Pc
 from kvmpy.pc.result import DiskUse, ExitStatus, RangeUse, RunResult
-from kvmpy.pc.spec import Announcement, DebugExit, MachineSpec
+from kvmpy.pc.spec import Announcement, DebugExit, MachineSpec, OnReboot
 
-__all__ = ["Announcement", "DebugExit", "DiskUse", "ExitStatus", "MachineSpec", "Pc", "RangeUse", "RunResult"]
+__all__ = [
+    "Announcement",
+    "DebugExit",
+    "DiskUse",
+    "ExitStatus",
+    "MachineSpec",
+    "OnReboot",
+    "Pc",
+    "RangeUse",
+    "RunResult",
+]

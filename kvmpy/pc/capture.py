@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from kvmpy.devices.output import SerialOutput
 from kvmpy.pc.loop import EventLoop
+from kvmpy.pc.panic import PanicWatch
 from kvmpy.units import MiB
 
 Sink = Callable[[bytes], object]
@@ -11,10 +12,14 @@ KEPT = 1 * MiB
 
 
 class Capture:
-    """Keeps the last MiB that came through ``output`` and hands all of it to ``sink``, in the loop's thread."""
+    """Keeps the last MiB that came through ``output`` and hands all of it to ``sink``, in the loop's thread.
 
-    def __init__(self, loop: EventLoop, sink: Sink | None) -> None:
+    With ``panic`` it is a console, on which a kernel's last words may come.
+    """
+
+    def __init__(self, loop: EventLoop, sink: Sink | None, *, panic: PanicWatch | None = None) -> None:
         self.output = SerialOutput()
+        self.panic = panic
         self._loop = loop
         self._sink = sink
         self._kept = bytearray()
@@ -27,6 +32,8 @@ class Capture:
             self._kept += data
             if len(self._kept) > 2 * KEPT:
                 del self._kept[:-KEPT]
+            if self.panic is not None:
+                self.panic.hear(data)
             if self._sink is not None:
                 self._sink(data)
 

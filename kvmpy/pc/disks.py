@@ -2,10 +2,7 @@
 
 ::
 
-    open_disk --> DiskImage <-- VirtioBlk (its engine) <-- VirtioMmio <-- memory bus at its window
-                                                            |     ^
-                                                     irqfd  v     |  ioeventfd on QueueNotify, one for each queue
-                                                           GSI   kick eventfd
+    open_disk --> DiskImage <-- VirtioBlk (its engine) <-- VirtioPlace <-- the board
 
 What is opened is closed in the opposite order: no queue is served any more, then the engine, and last the image, whose
 `close` makes all durable. Imported only by a PC that has disks: all this costs a start milliseconds.
@@ -13,23 +10,21 @@ What is opened is closed in the opposite order: no queue is served any more, the
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvmpy._shim import lib
 from kvmpy.devices.block import BlockCounters, BlockEngine, BlockSettings, MakeEngine
-from kvmpy.devices.queue_worker import QueueWorker, Worker
 from kvmpy.devices.virtio_blk import Cache, VirtioBlk
-from kvmpy.devices.virtio_mmio import VirtioMmio
 from kvmpy.errors import DiskError
-from kvmpy.machine import layout
 from kvmpy.machine.bus import Mode
 from kvmpy.machine.layout import VirtioWindow
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.pc.disk import Disk, Engine
+from kvmpy.pc.host_threads import HostThreads
 from kvmpy.pc.spec import MachineSpec
+from kvmpy.pc.virtio import OnError, VirtioPlace
 from kvmpy.storage.disk import DiskImage
 from kvmpy.storage.open import open_disk
 
@@ -42,13 +37,11 @@ SPIN_NS = 50_000
 """How long a worker looks for another request before it sleeps: about what a guest takes to answer an interrupt with
 its next request, and what the host takes to wake a thread."""
 
-OnError = Callable[[BaseException], None]
-
 
 def open_disks(
-    spec: MachineSpec, memory: GuestMemory, *, host_cpus: Iterable[int], on_error: OnError
+    spec: MachineSpec, memory: GuestMemory, *, threads: HostThreads, on_error: OnError
 ) -> "tuple[AttachedDisk, ...]":
-    """Open the disks of ``spec``, all or none. ``host_cpus`` are those on which their workers may run.
+    """Open the disks of ``spec``, all or none; ``threads`` says where their workers run.
 
     ``on_error`` gets what a worker raised, in its thread.
 
@@ -56,12 +49,11 @@ def open_disks(
         DiskError: one cannot be opened, is damaged, or somebody else writes it; the message names the file.
         ValueError: its format does not exist.
     """
-    workers = _Workers(host_cpus)
     with ExitStack() as undo:
         disks = []
-        for index, (disk, window) in enumerate(zip(spec.disks, spec.virtio_windows, strict=True)):
+        for index, (disk, window) in enumerate(zip(spec.disks, spec.disk_windows, strict=True)):
             settings = BlockSettings(disk.serial.encode("ascii"), disk.iops, disk.bps, spin_ns(spec.cores))
-            disks.append(AttachedDisk(f"{DEVICE}{index}", disk, window, memory, settings, workers.make, on_error))
+            disks.append(AttachedDisk(f"{DEVICE}{index}", disk, window, memory, settings, threads, on_error))
             undo.callback(disks[-1].close)
             if spec.measure_time:
                 disks[-1].measure_time()
@@ -88,7 +80,7 @@ class AttachedDisk:
         window: VirtioWindow,
         memory: GuestMemory,
         settings: BlockSettings,
-        make_worker: "Callable[..., Worker]",
+        threads: HostThreads,
         on_error: OnError,
     ) -> None:
         self.spec, self.window, self.path = spec, window, spec.path
@@ -107,8 +99,10 @@ class AttachedDisk:
                 settings=settings,
             )
             undo.callback(self._device.close)
-            self._transport = VirtioMmio(self._device, memory, name=name, on_error=on_error, make_worker=make_worker)
-            undo.callback(self._transport.close)
+            self._place = VirtioPlace(
+                self._device, window, memory, name=DEVICE, title=name, threads=threads, on_error=on_error
+            )
+            undo.callback(self._place.close)
             self._undo = undo.pop_all()
 
     def _make_engine(self, memory: GuestMemory, image: DiskImage, settings: BlockSettings) -> BlockEngine:
@@ -123,18 +117,9 @@ class AttachedDisk:
     def readonly(self) -> bool:
         return self._image.readonly
 
-    def attach(self, machine: Machine, mode: Mode) -> None:
-        """Put the device on the board. In mode "c" a notification exits to nobody; else Python shall see it.
-
-        Raises:
-            KvmError: the host refused.
-        """
-        machine.mmio.attach(self.window.gpa, layout.VIRTIO_MMIO_SIZE, self._transport, name=DEVICE, mode=mode)
-        machine.vm.irqfd(self._transport.interrupt.fd, self.window.gsi)
-        if mode is not Mode.C:
-            return
-        for index, fd in enumerate(self._transport.kick_fds):
-            machine.vm.ioeventfd(fd, self.window.gpa + lib.VIRTIO_MMIO_QUEUE_NOTIFY, 4, datamatch=index)
+    def attach(self, machine: Machine, modes: Mapping[str, Mode]) -> None:
+        """Put the device on the board. Raises KvmError: the host refused."""
+        self._place.attach(machine, modes)
 
     def counters(self) -> BlockCounters:
         """Return the requests and bytes so far."""
@@ -178,9 +163,13 @@ class AttachedDisk:
         with self.exclusive() as image:
             image.resize(size)
 
+    def reset(self) -> None:
+        """Be as new for a board that begins anew; requests in flight are done first. The vCPUs have stopped."""
+        self._place.reset()
+
     def stop(self) -> None:
         """Serve no request any more, for good: guest memory stays as it is from here on. The vCPUs have stopped."""
-        self._transport.close()
+        self._place.stop()
 
     def close(self) -> None:
         """Stop, make all durable and close the image. Closing twice is harmless. The vCPUs have stopped.
@@ -196,21 +185,6 @@ class AttachedDisk:
                     self._undo.close()
                 except OSError as error:
                     raise DiskError(error.strerror or str(error), path=self.path) from error
-
-
-class _Workers:
-    """Makes the threads of queues. A thread begins on the host CPUs of its maker: here a vCPU's, perhaps pinned."""
-
-    def __init__(self, host_cpus: Iterable[int]) -> None:
-        self._host_cpus = frozenset(host_cpus)
-
-    def make(self, *arguments: Any, **options: Any) -> Worker:
-        makers = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self._host_cpus)
-        try:
-            return QueueWorker(*arguments, **options)
-        finally:
-            os.sched_setaffinity(0, makers)
 
 
 def _engine(engine: Engine) -> MakeEngine:

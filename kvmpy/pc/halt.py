@@ -28,14 +28,15 @@ class HaltWatch:
             return
         self.interval = min(2 * self.interval, LONGEST_INTERVAL)
         try:
-            stuck = all(thread.call(_cannot_wake) for thread in self._machine.threads)
+            stuck = all(thread.call(cannot_wake) for thread in self._machine.threads)
         except RuntimeError:  # a thread ended meanwhile: so did the run
             return
         if stuck:
             self._machine.finish(End(EndReason.HALTED, vcpu_id=0))
 
 
-def _cannot_wake(vcpu: Vcpu) -> bool:
+def cannot_wake(vcpu: Vcpu) -> bool:
+    """Tell whether a vCPU is halted with interrupts off, or waits for another to start it."""
     state = vcpu.get_mp_state()
     if state == lib.KVM_MP_STATE_HALTED:
         return not vcpu.get_regs().rflags & lib.X86_EFLAGS_IF

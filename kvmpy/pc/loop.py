@@ -5,6 +5,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 
 class EventLoop:
@@ -59,6 +60,15 @@ class EventLoop:
             if self._wake_fd >= 0:
                 os.close(self._wake_fd)
                 self._wake_fd = -1
+
+
+class Watch(Protocol):
+    """Who looks at a running guest now and then: at least every ``interval`` seconds, which may change."""
+
+    @property
+    def interval(self) -> float: ...
+
+    def look(self) -> None: ...
 
 
 class Deadline:

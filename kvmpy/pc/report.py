@@ -9,6 +9,7 @@ from kvmpy.kvm import FailEntry, InternalError, Vcpu
 from kvmpy.kvm.state import GENERAL_REGISTERS
 from kvmpy.machine.bus import Bus
 from kvmpy.machine.machine import End, EndReason
+from kvmpy.pc.panic import last_words
 from kvmpy.pc.result import STATUS_OF, DiskUse, RangeUse, RunResult
 from kvmpy.pc.spec import DebugExit
 
@@ -21,6 +22,8 @@ def result_of(pc: "Pc") -> RunResult:
     machine = pc.machine
     end = machine.end
     assert end is not None
+    panic, words = panic_of(pc, end)
+    end = cause_of(end, panic)
     exits: Counter[str] = Counter()
     registers = {}
     for vcpu in machine.vcpus():
@@ -30,7 +33,7 @@ def result_of(pc: "Pc") -> RunResult:
     return RunResult(
         end=end,
         status=status_of(end, pc.spec.debug_exit),
-        message=message_of(end, registers),
+        message=message_of(end, registers, panic),
         exits=dict(exits),
         ranges=[*_use(machine.pio, pc), *_use(machine.mmio, pc)],
         unmapped_reads=machine.pio.unmapped_reads + machine.mmio.unmapped_reads,
@@ -41,7 +44,27 @@ def result_of(pc: "Pc") -> RunResult:
         debugcon_bytes=pc.debugcon_capture.data,
         registers=registers,
         disks=tuple(DiskUse(disk.path, disk.counters()) for disk in pc.disks),
+        panic=panic,
+        last_words=words,
+        assists=dict(machine.assists()),
+        restarts=pc.restarts,
     )
+
+
+def panic_of(pc: "Pc", end: End) -> tuple[str | None, tuple[str, ...]]:
+    """Return why the guest's kernel panicked, if it did, and its last lines."""
+    if end.reason in (EndReason.EXIT_PORT, EndReason.POWER_OFF):  # a kernel that panicked does neither
+        return None, ()
+    for capture in pc.captures:
+        if capture.panic is not None and capture.panic.message is not None:
+            return capture.panic.message, last_words(capture.data)
+    return None, ()
+
+
+def cause_of(end: End, panic: str | None) -> End:
+    """Return ``end``, or the panic that it followed from."""
+    follows = end.reason in (EndReason.RESET, EndReason.SHUTDOWN, EndReason.HALTED)
+    return end._replace(reason=EndReason.PANIC) if follows and panic is not None else end
 
 
 def status_of(end: End, debug_exit: DebugExit) -> int:
@@ -51,11 +74,13 @@ def status_of(end: End, debug_exit: DebugExit) -> int:
     return qemu_exit_status(end.value) if debug_exit is DebugExit.QEMU else exit_status(end.value)
 
 
-def message_of(end: End, registers: dict[int, dict[str, int]]) -> str:
+def message_of(end: End, registers: dict[int, dict[str, int]], panic: str | None = None) -> str:
     """Return one line on why the run ended; empty when the guest ended it in an orderly way."""
     if end.reason in (EndReason.EXIT_PORT, EndReason.POWER_OFF):
         return ""
-    if end.reason in (EndReason.RESET,):
+    if end.reason is EndReason.PANIC:
+        return f"the guest's kernel panicked: {panic}"
+    if end.reason is EndReason.RESET:
         return "the guest reset the machine"
     if end.error is not None:
         return str(end.error) if isinstance(end.error, KvmError) else repr(end.error)

@@ -1,6 +1,8 @@
 """How a run ended: the typed result and the exit status that stands for it."""
 
+from collections.abc import Mapping
 from enum import IntEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmpy.machine.machine import End, EndReason
@@ -31,12 +33,17 @@ STATUS_OF = {
     EndReason.INTERNAL_ERROR: ExitStatus.CRASH,
     EndReason.UNHANDLED: ExitStatus.CRASH,
     EndReason.HALTED: ExitStatus.CRASH,
+    EndReason.PANIC: ExitStatus.CRASH,
     EndReason.BUDGET: ExitStatus.LIMIT,
     EndReason.TIMEOUT: ExitStatus.LIMIT,
     EndReason.INTERRUPTED: ExitStatus.INTERRUPTED,
     EndReason.ERROR: ExitStatus.HOST,
 }
 """The status of each end but EXIT_PORT, whose status is the guest's."""
+
+
+REBOOTS = frozenset({EndReason.RESET, EndReason.SHUTDOWN})
+"""The ends at which a PC boots again: a processor that shuts down, by a triple fault, makes its board reset it."""
 
 
 class RangeUse(NamedTuple):
@@ -79,6 +86,14 @@ class RunResult(NamedTuple):
     registers: dict[int, dict[str, int]]
     """The general registers of each vCPU at the end, by vcpu_id."""
     disks: tuple[DiskUse, ...] = ()
+    panic: str | None = None
+    """What a Linux kernel said when it panicked."""
+    last_words: tuple[str, ...] = ()
+    """The last lines that such a kernel printed."""
+    assists: Mapping[str, int] = MappingProxyType({})
+    """How often each kind of instruction was completed for the host's KVM."""
+    restarts: int = 0
+    """How many boots there were before: counts, times and registers are those of the last."""
 
     @property
     def reason(self) -> EndReason:

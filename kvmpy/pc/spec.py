@@ -14,7 +14,7 @@ from kvmpy.units import PAGE_SIZE, MiB, format_size
 if TYPE_CHECKING:
     from kvmpy.pc.disk import Disk
 
-DEVICES = ("serial", "debugcon", "exit", "cmos", "keyboard", "port92", "reset", "acpi", "disk")
+DEVICES = ("serial", "debugcon", "exit", "cmos", "keyboard", "port92", "reset", "acpi", "disk", "rng", "console")
 """The names under which the devices of a PC stand in traces, counts and ``device_modes``."""
 
 NO_OPTIONS = BootOptions()
@@ -39,15 +39,36 @@ class Announcement(StrEnum):
     """a device of the DSDT for each"""
 
 
+class Console(StrEnum):
+    """By which device a guest and its user talk."""
+
+    SERIAL = "serial"
+    """COM1, which is there in any case"""
+    VIRTIO = "virtio"
+    """a virtio console beside it"""
+
+
+class OnReboot(StrEnum):
+    """What follows when a guest resets the machine, or makes it reset by a triple fault."""
+
+    EXIT = "exit"
+    """the end of the run"""
+    RESTART = "restart"
+    """another boot of the same machine"""
+
+
 class MachineSpec:
     """A PC with ``cores`` vCPUs and ``memory`` bytes of RAM that boots the file ``boot``.
 
     ``boot_options``: format, command line, modules and the rest of what a boot protocol takes.
     ``name``, ``id`` (16 bytes; random when None) and ``parameters`` go to the guest's parameter page.
-    ``disks`` are virtio-blk devices, up to 16; ``virtio`` says how Linux learns of them.
+    ``disks`` are virtio-blk devices; ``rng`` adds an entropy device, and ``console`` may add a virtio console: up to
+    16 in all. ``virtio`` says how Linux learns of them.
     ``pin`` gives each vCPU its host CPU. ``dedicated`` is the type-1 style of `kvmpy.pc.dedicated`.
     ``device_modes`` turns a device (see DEVICES) to Python or to traced. ``trace_exits`` brings every exit to Python.
-    ``measure_time`` accounts the time inside KVM_RUN. ``max_exits`` is a budget for each vCPU.
+    ``measure_time`` accounts the time inside KVM_RUN. ``max_exits`` is a budget for each vCPU, over all boots.
+    Linux is told more than the user says, where it must be (`kvmpy.pc.linux`); not with ``append_exact``.
+    ``on_reboot`` says whether a guest that resets the machine boots again.
 
     How many cores are allowed only KVM knows: `Pc` asks it.
 
@@ -66,7 +87,10 @@ class MachineSpec:
         id: bytes | None = None,
         parameters: Mapping[str, str] = NOTHING,
         disks: Sequence["Disk"] = (),
+        rng: bool = False,
+        console: Console = Console.SERIAL,
         virtio: Announcement = Announcement.CMDLINE,
+        append_exact: bool = False,
         hugepages: bool = False,
         dedicated: bool = False,
         pin: Sequence[int] = (),
@@ -75,14 +99,17 @@ class MachineSpec:
         trace_exits: bool = False,
         measure_time: bool = False,
         max_exits: int | None = None,
+        on_reboot: OnReboot = OnReboot.EXIT,
     ) -> None:
         self.boot, self.boot_options = boot, boot_options
         self.cores, self.memory = cores, memory
         self.name, self.id, self.parameters = name, id, parameters
-        self.disks, self.virtio = tuple(disks), Announcement(virtio)
+        self.disks, self.rng, self.console = tuple(disks), rng, Console(console)
+        self.virtio = Announcement(virtio)
         self.hugepages, self.dedicated, self.pin = hugepages, dedicated, tuple(pin)
         self.debug_exit, self.device_modes = debug_exit, device_modes
         self.trace_exits, self.measure_time, self.max_exits = trace_exits, measure_time, max_exits
+        self.append_exact, self.on_reboot = append_exact, OnReboot(on_reboot)
         self._check()
 
     def replace(self, **changes: Any) -> "MachineSpec":
@@ -91,8 +118,23 @@ class MachineSpec:
 
     @property
     def virtio_windows(self) -> tuple[layout.VirtioWindow, ...]:
-        """Where the guest finds its disks. Raises ValueError when they are too many."""
-        return layout.virtio_windows(len(self.disks))
+        """Where the guest finds its virtio devices: the disks, the rng, the console. Raises ValueError: too many."""
+        return layout.virtio_windows(len(self.disks) + self.rng + (self.console is Console.VIRTIO))
+
+    @property
+    def disk_windows(self) -> tuple[layout.VirtioWindow, ...]:
+        """Where the guest finds its disks."""
+        return self.virtio_windows[: len(self.disks)]
+
+    @property
+    def rng_window(self) -> layout.VirtioWindow | None:
+        """Where the guest finds its entropy device, if it has one."""
+        return self.virtio_windows[len(self.disks)] if self.rng else None
+
+    @property
+    def console_window(self) -> layout.VirtioWindow | None:
+        """Where the guest finds its virtio console, if it has one."""
+        return self.virtio_windows[-1] if self.console is Console.VIRTIO else None
 
     def _check(self) -> None:
         host = host_memory()
@@ -111,7 +153,7 @@ class MachineSpec:
             raise ValueError("dedicated chooses the host CPUs itself: it excludes pin")
         if self.max_exits is not None and self.max_exits < 0:
             raise ValueError(f"max_exits of {self.max_exits}: 0 or more is wanted")
-        layout.virtio_windows(len(self.disks))
+        _ = self.virtio_windows
         unknown = set(self.device_modes) - set(DEVICES)
         if unknown:
             raise ValueError(f"no device {sorted(unknown)[0]!r}: there are {', '.join(DEVICES)}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HELLO = """
@@ -37,6 +38,19 @@ DEADLINE = 30.0  # seconds; what fails takes this long, what works does not wait
 def environment() -> dict[str, str]:
     """Return an environment in which ``python -m kvmpy`` finds this checkout from any directory."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def start(
+    *arguments: str,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    before: Callable[[], object] | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start ``kvmpy`` and leave it running."""
+    command = [sys.executable, "-m", "kvmpy", *arguments]
+    return subprocess.Popen(
+        command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=environment(), preexec_fn=before, bufsize=0
+    )
 
 
 class Terminal:

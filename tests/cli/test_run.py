@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import DEADLINE, ECHO, HELLO, SPIN, environment
+from command_line import DEADLINE, ECHO, HELLO, SPIN, environment, start
 
 import kvmpy as package
 from kvmpy.units import PAGE_SIZE
@@ -102,19 +102,6 @@ def test_nohup_is_respected(image: Callable[..., str]) -> None:
 
 def ignore_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def start(
-    *arguments: str,
-    stdin: int = subprocess.DEVNULL,
-    stdout: int = subprocess.PIPE,
-    before: Callable[[], object] | None = None,
-) -> "subprocess.Popen[bytes]":
-    """Start ``kvmpy`` and leave it running."""
-    command = [sys.executable, "-m", "kvmpy", *arguments]
-    return subprocess.Popen(
-        command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=environment(), preexec_fn=before, bufsize=0
-    )
 
 
 # --- output -----------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_reading_stops_while_the_guest_does_not_read_and_goes_on_when_it_has(loo
     read_fd, write_fd = os.pipe()
     with SerialOutput() as output:
         uart = Uart16550(output, lambda level: None)
-        feeder = SerialInput(read_fd, uart, loop)
+        feeder = SerialInput(read_fd, lambda: uart, loop)
         os.write(write_fd, b"x" * (3 * AHEAD))
         for _ in range(5):
             loop.wait(0)
@@ -101,7 +101,8 @@ def test_a_standard_input_that_cannot_be_read_is_told_and_left_alone(
     loop: EventLoop, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with SerialOutput() as output, (tmp_path / "out").open("wb") as file:
-        feeder = SerialInput(file.fileno(), Uart16550(output, lambda level: None), loop)
+        uart = Uart16550(output, lambda level: None)
+        feeder = SerialInput(file.fileno(), lambda: uart, loop)
         for _ in range(3):
             loop.wait(0)
         feeder.close()

@@ -6,16 +6,15 @@ No KVM: the test writes ``struct kvm_run`` itself, as the kernel would, and call
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from rtc_bench import cmos_at
 
 from kvmpy._shim import ffi, lib
 from kvmpy.devices.debug import Constant, Counter, DebugConsole, ExitPort, Sink
 from kvmpy.devices.output import SerialOutput
-from kvmpy.devices.power import AcpiPm1
-from kvmpy.devices.rtc import Cmos
+from kvmpy.devices.power import EventBlock
 from kvmpy.devices.serial import Uart16550
 from kvmpy.kvm.ranges import RangeTable, Space
 from kvmpy.machine.bus import Bus
-from kvmpy.units import MiB
 
 CMOS, CONSTANT, SINK, COUNTER = 0x70, 0x200, 0x208, 0x210
 UART, CONSOLE, EXIT = lib.KVMPY_PORT_SERIAL, lib.KVMPY_PORT_CONSOLE, lib.KVMPY_PORT_EXIT
@@ -27,21 +26,20 @@ class Board:
     """A set of devices on two buses; every access goes to the bus."""
 
     def __init__(self):
-        self.exits, self.pin, self.sci = [], [], []
+        self.exits, self.pin = [], []
         self._values = []
         # Small rings: most sequences see them full.
         self.serial, self.debugcon = SerialOutput(8), SerialOutput(8)
         self.uart = Uart16550(self.serial, self.pin.append)
         self.console = DebugConsole(self.debugcon)
-        self.power = AcpiPm1(lambda: None, self.sci.append)
         self.counters = Counter(8), Counter(16)
         self.buses = {Space.PIO: Bus("pio", 1 << 16), Space.MMIO: Bus("mmio", 1 << 52)}
         pio, mmio = self.buses.values()
         pio.attach(UART, 8, self.uart, name="serial")
         pio.attach(CONSOLE, 1, self.console, name="debugcon")
         pio.attach(EXIT, 4, ExitPort(self._values.append), name="exit")
-        pio.attach(CMOS, 2, Cmos(64 * MiB, lambda: 1e9), name="cmos")
-        pio.attach(lib.KVMPY_PORT_ACPI_EVENT, 4, self.power.event, name="acpi event")
+        pio.attach(CMOS, 2, cmos_at(1_000_000_000), name="cmos")
+        pio.attach(lib.KVMPY_PORT_ACPI_EVENT, 4, EventBlock(), name="acpi event")
         pio.attach(CONSTANT, 4, Constant(0xCAFEBABE, size=4), name="constant")
         pio.attach(SINK, 4, Sink(4), name="sink")
         pio.attach(COUNTER, 8, self.counters[0], name="counter")
@@ -76,7 +74,6 @@ class Board:
         return {
             "exits": self.exits,
             "pin": self.pin,
-            "sci": self.sci,
             "lost": (self.uart.lost, self.console.lost),
             "pending": self.uart.pending,
             "counters": [counter.value for counter in self.counters],
@@ -159,9 +156,6 @@ def step(board, action):
         return None
     if name == "drain":
         return board.serial.drain(), board.debugcon.drain()
-    if name == "button":
-        board.power.press_power_button()
-        return None
     space, address, elements, is_write = arguments
     return board.access(space, address, elements, is_write=is_write)
 
@@ -209,7 +203,6 @@ actions = st.one_of(
     settings_of_the_uart,
     st.tuples(st.just("feed"), st.binary(max_size=20)),
     st.just(("drain",)),
-    st.just(("button",)),
 )
 
 

@@ -3,14 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rtc_bench import cmos_at
 
 from kvmpy.devices.debug import Constant, Counter, DebugConsole, ExitPort, Sink
 from kvmpy.devices.output import SerialOutput
-from kvmpy.devices.power import AcpiPm1
+from kvmpy.devices.power import ControlBlock, EventBlock
 from kvmpy.devices.reset import KeyboardController, ResetControl, SystemControlA
-from kvmpy.devices.rtc import Cmos
 from kvmpy.devices.serial import FIFO_SIZE, Uart16550
-from kvmpy.units import GiB
 
 
 def nothing(*_):
@@ -26,13 +25,13 @@ DEVICES = {
     "constant": (8, lambda: Constant(0x1234, size=8)),
     "sink": (8, lambda: Sink(8)),
     "counter": (8, lambda: Counter(8)),
-    "cmos": (2, lambda: Cmos(4 * GiB)),
+    "cmos": (2, lambda: cmos_at(0)),
     "keyboard data": (1, lambda: KeyboardController(nothing).data),
     "keyboard command": (1, lambda: KeyboardController(nothing).command),
     "port 0x92": (1, lambda: SystemControlA(nothing)),
     "reset control": (4, lambda: ResetControl(nothing)),
-    "acpi event": (4, lambda: AcpiPm1(nothing, nothing).event),
-    "acpi control": (2, lambda: AcpiPm1(nothing, nothing).control),
+    "acpi event": (4, EventBlock),
+    "acpi control": (2, lambda: ControlBlock(nothing)),
 }
 
 accesses = st.lists(
@@ -59,7 +58,7 @@ def test_any_sequence_of_accesses_is_survived(name, accesses):
 @given(st.lists(st.tuples(st.integers(0, 127), st.integers(0, 255)), max_size=60), st.floats(0, 2**33))
 def test_any_cmos_contents_still_tell_a_time(writes, now):
     """No byte in a time register, in any format, makes the clock fail."""
-    cmos = Cmos(4 * GiB, lambda: now)
+    cmos = cmos_at(now)
     for register, value in writes:
         cmos.write(0, bytes([register, value]))
     for register in range(128):

@@ -16,6 +16,7 @@ from uart_port import (
     IIR,
     IS_DATA,
     IS_TIMEOUT,
+    LOOP,
     LSR,
     MCR,
     NO_INT,
@@ -153,6 +154,26 @@ def test_start_of_a_driver_loses_no_input(port, first):
     port.put(FCR, ENABLE_FIFO | CLEAR_RECEIVE | CLEAR_TRANSMIT | TRIGGER_14)
     port.put(MCR, DTR | RTS | OUT2)
     port.put(IER, RDI)
+    assert port.receive_all() == b"typed ahead"
+
+
+@pytest.mark.parametrize("before", [[DTR], [DTR | RTS, DTR], [DTR | RTS | OUT2, 0]])
+def test_driver_that_uses_rts_hears_nothing_while_it_is_low(port, before):
+    """Linux reads RBR blindly while it looks for the chip and starts it, with DTR alone: that takes nothing."""
+    for value in before:
+        port.put(MCR, value)
+    port.uart.feed(b"typed ahead")
+    assert [port.get(RBR), port.get(LSR), port.get(RBR)] == [0, IDLE, 0]
+    port.put(MCR, before[-1] | RTS)
+    assert port.receive_all() == b"typed ahead"
+
+
+@pytest.mark.parametrize("value", [0, OUT2, LOOP | RTS])
+def test_driver_that_does_not_use_rts_hears_all(port, value):
+    """Looped back, RTS goes nowhere."""
+    port.put(MCR, value)
+    port.put(MCR, value & ~LOOP & ~RTS)
+    port.uart.feed(b"typed ahead")
     assert port.receive_all() == b"typed ahead"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy import Disk, DiskError, ImageError
-from kvmpy.devices.block_python import PythonQueue
+from kvmpy.devices.python_queue import PythonQueue
 from kvmpy.errors import LeaseError
 from kvmpy.machine.boot.plan import BootOptions
 from kvmpy.machine.machine import EndReason

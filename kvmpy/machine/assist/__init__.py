@@ -21,6 +21,7 @@ Floor: machine.
 """
 
 from collections import Counter
+from functools import lru_cache
 from importlib import import_module
 
 from kvmpy._shim import lib
@@ -61,13 +62,10 @@ class Assist:
             return None
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
         context = Context(vcpu, self._memory, regs, sregs, max_phys_addr=self._max_phys_addr)
-        try:
-            context.instruction = decode(exit.instruction, bits=context.bits)
-        except (DecodeError, Refused):
+        understood = _understand(exit.instruction, context.bits)
+        if understood is None:
             return None
-        completion = find(context.instruction)
-        if completion is None:
-            return None
+        context.instruction, completion = understood
         try:
             completion.run(context)
         except Fault as fault:
@@ -124,6 +122,16 @@ class _VcpuState:
         self.strings = StringAssist(vcpu, memory, self.debug, max_phys_addr)
         self.counts: Counter[str] = Counter()
         self.refusal = ""
+
+
+@lru_cache(maxsize=4096)  # a kernel has the same few again and again
+def _understand(code: bytes, bits: int) -> tuple[Instruction, Completion] | None:
+    try:
+        instruction = decode(code, bits=bits)
+    except DecodeError:
+        return None
+    completion = find(instruction)
+    return (instruction, completion) if completion is not None else None
 
 
 def find(instruction: Instruction) -> Completion | None:

@@ -35,6 +35,8 @@ NOP, RET = b"\x90", b"\xc3"
 RSP = 4
 STATUS_FLAGS = 0x8D5  # OF SF ZF AF PF CF
 EFLAGS_AC = CR0_AM = 1 << 18
+LONGEST = 16
+"""Bytes of an instruction and RET."""
 BOUNCE_SIZE = 128
 """Of the longest memory operand, FNSAVE's 108 bytes."""
 
@@ -65,8 +67,10 @@ class Executor:
         self.bounce = memoryview(pages)[PAGE_SIZE : PAGE_SIZE + BOUNCE_SIZE]
         """Where the instruction finds its memory operand; aligned."""
         self._held = ffi.from_buffer(executable), ffi.from_buffer(pages)
-        self._native: Any = ffi.new("struct kvmpy_native *", {"code": self._held[0], "mask": fpu.COMPONENTS})
-        self.code_address = int(ffi.cast("uintptr_t", self._held[0]))
+        self._native: Any = ffi.new("struct kvmpy_native *", {"mask": fpu.COMPONENTS})
+        self._places: dict[bytes, int] = {}
+        self.code_address = self._first_code = int(ffi.cast("uintptr_t", self._held[0]))
+        """Where the last instruction was executed."""
         self.bounce_address = int(ffi.cast("uintptr_t", self._held[1])) + PAGE_SIZE
 
     def execute(self, code: bytes, registers: list[int], rflags: int, *, use_fpu: bool = False) -> int:
@@ -79,13 +83,26 @@ class Executor:
         """
         if use_fpu and "xsave" not in host_features():
             raise Refused("the host's processor has no XSAVE")
-        self._code[: len(code) + 1] = code + RET
         native = self._native
+        at = self._places.get(code)
+        native.is_new = at is None
+        if at is None:
+            at = self._write(code)
+        native.code = self._held[0] + at
+        self.code_address = self._first_code + at
         native.registers, native.rflags = registers, rflags & STATUS_FLAGS
         native.xsave = self._held[1] if use_fpu else ffi.NULL
         lib.kvmpy_native(native)
         registers[:] = native.registers
         return int(native.rflags) & STATUS_FLAGS
+
+    def _write(self, code: bytes) -> int:
+        """Put ``code`` where none is, or into an empty page when it is full; return where."""
+        if len(self._places) == PAGE_SIZE // LONGEST:
+            self._places.clear()
+        at = self._places[code] = len(self._places) * LONGEST
+        self._code[at : at + len(code) + 1] = code + RET
+        return at
 
 
 def executor() -> Executor:

@@ -88,8 +88,8 @@ class StringAssist:
     def look(self) -> None:
         """Look whether the vCPU is at a string instruction and finish it; say when to look next."""
         done, rip = 0, int(self._vcpu.get_regs().rip)
-        events = self._vcpu.get_state("VCPU_EVENTS").exception
-        if not (events.injected or events.pending):
+        events = self._vcpu.get_state("VCPU_EVENTS")
+        if not (events.exception.injected or events.exception.pending):
             done = self._finish(WORTH_FINISHING)
         if done:
             if len(self._met) + len(self._given_up) > MOST_SITES:

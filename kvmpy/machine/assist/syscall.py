@@ -58,7 +58,8 @@ class SyscallAssist:
         self._state.page_fault_handler = handler or 0
 
     def _page_fault_handler(self) -> int | None:
-        idt = self._vcpu.get_sregs().idt
+        sregs = self._vcpu.get_sregs()
+        idt = sregs.idt
         if idt.limit < (PF + 1) * GATE_SIZE - 1:
             return None
         try:

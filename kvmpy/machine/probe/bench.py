@@ -159,7 +159,8 @@ def finish(vcpu: Vcpu) -> Outcome:
             case IoOut(port=tables.DONE_PORT, data=data):
                 return Done(int.from_bytes(data, "little"))
             case IoOut(port=tables.TRAP_PORT, data=data):
-                return Trap(data[0], vcpu.get_sregs().cs.selector & 3)
+                sregs = vcpu.get_sregs()
+                return Trap(data[0], sregs.cs.selector & 3)
             case DeadlinePassed():
                 if time.thread_time() - cpu >= CPU_SECONDS / 2 or time.monotonic() - wall >= WALL_SECONDS:
                     return Hang()

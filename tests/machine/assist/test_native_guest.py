@@ -28,6 +28,8 @@ pytestmark = pytest.mark.kvm
 
 CODE = 0x12_0000
 OTHER_EACH_TIME = ("rdrand", "rdseed")
+FARTHEST = 0xA000
+"""How far from the memory a base register may be: an index of 4096, eight times, and a displacement."""
 
 
 @dataclass
@@ -111,7 +113,7 @@ def states(random: Random) -> Iterator[State]:
 
 def with_stack(state: State) -> State | None:
     """Return ``state`` with a stack, unless its operand is found by way of rsp."""
-    if MEMORY - 0x2000 <= state.registers[RSP] & 0xFFFFFFFF < MEMORY + 0x2000:
+    if abs((state.registers[RSP] & 0xFFFFFFFF) - MEMORY) < FARTHEST:
         return None
     return replace(state, registers=(*state.registers[:RSP], tables.KERNEL_STACK, *state.registers[RSP + 1 :]))
 
