@@ -33,7 +33,7 @@ def result_of(pc: "Pc") -> RunResult:
     return RunResult(
         end=end,
         status=status_of(end, pc.spec.debug_exit),
-        message=message_of(end, registers, panic),
+        message=message_of(end, registers, panic, machine.completer.refusal(end.vcpu_id)),
         exits=dict(exits),
         ranges=[*_use(machine.pio, pc), *_use(machine.mmio, pc)],
         unmapped_reads=machine.pio.unmapped_reads + machine.mmio.unmapped_reads,
@@ -74,8 +74,11 @@ def status_of(end: End, debug_exit: DebugExit) -> int:
     return qemu_exit_status(end.value) if debug_exit is DebugExit.QEMU else exit_status(end.value)
 
 
-def message_of(end: End, registers: dict[int, dict[str, int]], panic: str | None = None) -> str:
-    """Return one line on why the run ended; empty when the guest ended it in an orderly way."""
+def message_of(end: End, registers: dict[int, dict[str, int]], panic: str | None = None, refusal: str = "") -> str:
+    """Return one line on why the run ended; empty when the guest ended it in an orderly way.
+
+    ``refusal``: why an instruction that KVM could not emulate was not completed either.
+    """
     if end.reason in (EndReason.EXIT_PORT, EndReason.POWER_OFF):
         return ""
     if end.reason is EndReason.PANIC:
@@ -89,7 +92,8 @@ def message_of(end: End, registers: dict[int, dict[str, int]], panic: str | None
     match end.exit, end.reason:
         case InternalError(suberror=1, instruction=code), _:
             what = f"KVM cannot emulate the instruction {code.hex(' ')}" if code else "KVM cannot fetch an instruction"
-            return f"{who}: {what} at rip 0x{rip:x} (KVM_EXIT_INTERNAL_ERROR, suberror 1)"
+            why = f"; kvmpy neither: {refusal}" if refusal else ""
+            return f"{who}: {what} at rip 0x{rip:x} (KVM_EXIT_INTERNAL_ERROR, suberror 1){why}"
         case InternalError(suberror=suberror, data=data), _:
             words = " ".join(f"0x{word:x}" for word in data)
             return f"{who}: KVM_EXIT_INTERNAL_ERROR, suberror {suberror} at rip 0x{rip:x} (data: {words})"

@@ -62,6 +62,7 @@ class Assist:
             return None
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
         context = Context(vcpu, self._memory, regs, sregs, max_phys_addr=self._max_phys_addr)
+        state.refusal = ""
         understood = _understand(exit.instruction, context.bits)
         if understood is None:
             return None

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from assist_guest import AssistedBench
 from native_state import COMPONENTS, Guest, Oracle
 
 from kvmpy import Kvm
+from kvmpy.kvm import Vcpu
 from kvmpy.machine.assist.fpu import CR4_OSXSAVE
 from kvmpy.machine.probe.bench import Bench
 
@@ -14,6 +16,20 @@ from kvmpy.machine.probe.bench import Bench
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """The host's processor by way of signal frames."""
     return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.fixture
+def bench() -> Iterator[AssistedBench]:
+    """A VM whose emulation failures are completed."""
+    with Kvm() as kvm, AssistedBench(kvm) as made:
+        yield made
+
+
+@pytest.fixture
+def vcpu(bench: AssistedBench) -> Iterator[Vcpu]:
+    """A vCPU of it, at CPL 0."""
+    with bench.start(b"") as made:
+        yield made
 
 
 @pytest.fixture

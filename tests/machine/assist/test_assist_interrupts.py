@@ -1,13 +1,11 @@
 """INT3, INT n, INTO and INT1: through the guest's IDT, into its handler, and back."""
 
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 from assist_guest import AssistedBench, fault_of
 
-from kvmpy import Kvm
 from kvmpy._shim import lib
 from kvmpy.kvm import Vcpu
 from kvmpy.machine import x86
@@ -35,18 +33,6 @@ class Frame(NamedTuple):
     rflags: int
     rsp: int
     ss: int
-
-
-@pytest.fixture
-def bench() -> Iterator[AssistedBench]:
-    with Kvm() as kvm, AssistedBench(kvm) as made:
-        yield made
-
-
-@pytest.fixture
-def vcpu(bench: AssistedBench) -> Iterator[Vcpu]:
-    with bench.start(b"") as made:
-        yield made
 
 
 def set_gate(bench: AssistedBench, vector: int, access: int, *, handler: int = HANDLER, ist: int = 0) -> None:

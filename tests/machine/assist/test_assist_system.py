@@ -8,7 +8,6 @@ import pytest
 from assist_guest import NUMBERS, AssistedBench, assemble, complete, fault_of
 from native_state import MEMORY, MEMORY_SIZE, Guest, Oracle, State
 
-from kvmpy import Kvm
 from kvmpy._shim import lib
 from kvmpy.kvm import Vcpu
 from kvmpy.machine.assist import enter, system
@@ -25,18 +24,6 @@ PAGE, FIRST, SECOND = 8 * MiB, 0x15000, 0x16000
 PRESENT, WRITABLE, USER = 1, 2, 4
 NOT_CANONICAL = 1 << 47
 UNMAPPED = tables.MAPPED_64
-
-
-@pytest.fixture
-def bench() -> Iterator[AssistedBench]:
-    with Kvm() as kvm, AssistedBench(kvm) as made:
-        yield made
-
-
-@pytest.fixture
-def vcpu(bench: AssistedBench) -> Iterator[Vcpu]:
-    with bench.start(b"") as made:
-        yield made
 
 
 # --- RDTSCP, RDPID ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 from assist_guest import COMPONENTS, NUMBERS, AssistedBench, assemble, complete, enable, fault_of
 
-from kvmpy import Kvm
 from kvmpy._shim import ffi, lib
 from kvmpy.kvm import Vcpu
 from kvmpy.kvm.cpuid_entry import CpuidEntry
@@ -41,12 +40,6 @@ SAVES = {
 """1: in the compacted format."""
 RESTORES = ("xrstor", "xrstor64", "xrstors", "xrstors64")
 ALL = (*SAVES, *RESTORES)
-
-
-@pytest.fixture
-def bench() -> Iterator[AssistedBench]:
-    with Kvm() as kvm, AssistedBench(kvm) as made:
-        yield made
 
 
 @pytest.fixture
