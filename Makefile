@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SHIM_SOURCES := $(wildcard csrc/*) $(wildcard csrc/cdef/*) guests/abi.h setup.py pyproject.toml
 
-.PHONY: all run test check guests benchmark clean
-.PHONY: campaign-images campaign-chains campaign-disks campaign-crash
+.PHONY: all run test check guests linux-guest debian-guest benchmark clean
+.PHONY: campaign-images campaign-chains campaign-disks campaign-crash campaign-linux
 
 all: guests
 
@@ -46,9 +46,22 @@ campaign-disks: $(VENV)/test-tools
 campaign-crash: guests $(VENV)/test-tools
 	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/crash tests/pc/test_disk_kill.py --timeout 7200
 
+# Twenty guests killed while they write to ext4, every way to reboot on every kernel, two thousand races for the assists.
+campaign-linux: $(VENV)/test-tools
+	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/linux tests/machine/assist/test_assist_races.py --timeout 7200
+
 # Each time: build.py makes only what is missing or older than its sources.
 guests: $(VENV)/kvmpy
 	@$(BIN)/python guests/build.py
+
+# Linux guests in build/linux, from Debian's source: see guests/linux/README.md. Nothing else here needs them.
+linux-guest:
+	@$(PYTHON) guests/linux/build.py
+
+# Debian's stock kernel, as it is: takes it from its package, boots it, and says how far it came and when.
+# DEBIAN="--shell" gives a shell, "--words" the kernel's command line with reasons, "--timeout 3000" more time.
+debian-guest: $(VENV)/kvmpy
+	@$(BIN)/python guests/linux/debian_boot.py $(DEBIAN)
 
 # kvmpy itself, editable: what changes in Python needs no new set-up, what changes in C does.
 $(VENV)/kvmpy: $(SHIM_SOURCES)

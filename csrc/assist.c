@@ -120,7 +120,9 @@ static bool complete_syscall(struct kvmpy_loop *loop, struct kvm_sregs *sregs)
     uint8_t code[2];
     if (!read_guest(loop, sregs, regs->rsp, frame, sizeof(frame)))
         return false;
-    if ((frame[0] & ~PF_ANY_FETCH) != PF_USER || frame[1] != assist->lstar || (frame[2] & 3) != 3)
+    /* As SYSCALL leaves them, and no program that only jumps there can: R11 has the flags, RFLAGS those not masked. */
+    bool masked = (frame[3] & ~X86_EFLAGS_RF) == (regs->r11 & ~(assist->fmask | X86_EFLAGS_RF));
+    if ((frame[0] & ~PF_ANY_FETCH) != PF_USER || frame[1] != assist->lstar || (frame[2] & 3) != 3 || !masked)
         return step_over(loop, sregs);
     if (!read_guest(loop, sregs, regs->rcx - 2, code, 2) || !is(code, 2, "\x0f\x05", 2) || sregs->cr2 != assist->lstar)
         return false;

@@ -18,6 +18,10 @@ struct kvmpy_memory {
 /* Where [gpa, gpa+size) is, or NULL when it is not wholly inside one region. */
 uint8_t *kvmpy_translate(const struct kvmpy_memory *memory, uint64_t gpa, uint64_t size);
 
+/* Whether the page at `gpa` is a table of the long-mode page tables with `levels` levels at `cr3`; also true when these
+ * are too many to tell. KVM shadows tables, and sees only what the guest itself writes to them. */
+bool kvmpy_is_table(const struct kvmpy_memory *memory, uint64_t cr3, int levels, uint64_t gpa);
+
 /* Put `new` into a word of guest RAM, which vCPUs change too, if it is still `old`; true: it was. */
 bool kvmpy_exchange(uint64_t *word, uint64_t old, uint64_t new);
 

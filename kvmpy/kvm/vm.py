@@ -200,7 +200,7 @@ class Vm:
         The next call replaces the list. Needs KVM_CAP_X86_USER_SPACE_MSR enabled with KVM_MSR_EXIT_REASON_FILTER,
         else the guest gets #GP. Source: KVM API §4.97.
         """
-        none = ffi.new("__u8[]", 1)  # a bit each, of one MSR: denied
+        none = ffi.new("__u8[]", 8)  # a bit each, of one MSR: denied; KVM copies whole words
         request = ffi.new("struct kvm_msr_filter *")
         for i, index in enumerate(indices):
             request.ranges[i] = (lib.KVM_MSR_FILTER_WRITE, 1, index, none)

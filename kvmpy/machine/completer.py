@@ -8,6 +8,7 @@ and where the host needs no help, it was the last that came to us.
 Floor: machine.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ class Completer:
         self.finish_strings = False
         self._vm, self._memory = vm, memory
         self._assist: Assist | None = None
+        self._making = threading.Lock()
         # Without it the host's KVM turns some emulation failures into #UD for the guest, and we would not see them.
         if vm.check_extension(lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE):
             vm.enable_cap(lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
@@ -86,7 +88,11 @@ class Completer:
 
     @property
     def assist(self) -> "Assist":
-        """What completes; made when it is first needed."""
+        """What completes; made when the first vCPU needs it."""
+        with self._making:
+            return self._made()
+
+    def _made(self) -> "Assist":
         if self._assist is None:
             from kvmpy.machine.assist import Assist
             from kvmpy.machine.assist.context import MAX_PHYS_ADDR

@@ -125,7 +125,9 @@ class Machine:
         self._device_lock = threading.Lock()
         self.vm = kvm.create_vm()
         try:
-            # Memory first: a slot added behind an irqchip waits for a grace period of the host's kernel, 7 ms.
+            # In this order: a filter of MSRs behind memory slots, a slot behind an irqchip, waits for a grace period
+            # of the host's kernel, 7 to 16 ms.
+            self.completer = Completer(self.vm, memory)
             memory.map_into(self.vm)
             self._create_chips(disable_exits)
         except BaseException:
@@ -148,7 +150,6 @@ class Machine:
         vm.create_irqchip()
         vm.set_gsi_routing(_pc_routes())
         vm.create_pit2()
-        self.completer = Completer(vm, self.memory)
 
     # --- power --------------------------------------------------------------------------------------------------
 

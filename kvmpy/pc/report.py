@@ -92,7 +92,7 @@ def message_of(end: End, registers: dict[int, dict[str, int]], panic: str | None
     match end.exit, end.reason:
         case InternalError(suberror=1, instruction=code), _:
             what = f"KVM cannot emulate the instruction {code.hex(' ')}" if code else "KVM cannot fetch an instruction"
-            why = f"; kvmpy neither: {refusal}" if refusal else ""
+            why = f"; nor does kvmpy: {refusal}" if refusal else ""
             return f"{who}: {what} at rip 0x{rip:x} (KVM_EXIT_INTERNAL_ERROR, suberror 1){why}"
         case InternalError(suberror=suberror, data=data), _:
             words = " ".join(f"0x{word:x}" for word in data)

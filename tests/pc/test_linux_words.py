@@ -37,10 +37,11 @@ def test_a_host_that_does_all_of_it_right_adds_nothing() -> None:
         ("movbe-cpl0", 150, "movbe"),
         ("lzcnt-cpl0", 197, "lzcnt"),
         ("tzcnt-cpl0", 291, "tzcnt"),
+        ("native-cpl0", 319, "avx512vl"),
     ],
 )
 def test_each_lack_is_a_number_with_its_reason(ability: str, number: int, name: str) -> None:
-    """X86_FEATURE_RDPID, MOVBE, ABM, BMI1: arch/x86/include/asm/cpufeatures.h."""
+    """X86_FEATURE_RDPID, MOVBE, ABM, BMI1, AVX512VL: arch/x86/include/asm/cpufeatures.h."""
     (word,) = host_words(lacks(ability), BootOptions())
     assert word.text == f"clearcpuid={number}"
     assert name in word.why

@@ -71,7 +71,7 @@ def test_instruction_that_cannot_be_emulated_is_shown(run_guest: Run) -> None:
     assert isinstance(result.end.exit, InternalError)
     assert "KVM cannot emulate the instruction d9 37" in result.message
     assert "at rip 0x100005 (KVM_EXIT_INTERNAL_ERROR, suberror 1)" in result.message
-    assert result.message.endswith("kvmpy neither: its operand at gpa 0xd0000000 is not RAM")
+    assert result.message.endswith("nor does kvmpy: its operand at gpa 0xd0000000 is not RAM")
     assert "\n" not in result.message
 
 

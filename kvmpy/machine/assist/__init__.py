@@ -21,13 +21,14 @@ Floor: machine.
 """
 
 from collections import Counter
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 
 from kvmpy._shim import lib
 from kvmpy.kvm import Debug, InternalError, Vcpu
-from kvmpy.machine.assist.context import MAX_PHYS_ADDR, PF, REGISTERS, Completion, Context, Fault, Refused
-from kvmpy.machine.assist.decode import DecodeError, Instruction, decode
+from kvmpy.machine.assist.context import MAX_PHYS_ADDR, PF, REGISTERS, UD, Completion, Context, Fault, Refused
+from kvmpy.machine.assist.decode import MAXIMUM_LENGTH, DecodeError, Instruction, TooShort, decode
 from kvmpy.machine.assist.strings import StringAssist
 from kvmpy.machine.assist.syscall import SyscallAssist
 from kvmpy.machine.guest_debug import GuestDebug
@@ -35,6 +36,9 @@ from kvmpy.machine.memory import GuestMemory
 
 MODULES = ("interrupts", "system", "xsave", "integer", "vector", "x87")
 """Where completions are looked for, in this order."""
+FETCH, UNDEFINED = "fetch", "undefined"
+"""Names of a fault that is met before the instruction is known, and of what a program may not do."""
+USER = 3
 
 
 class Assist:
@@ -63,21 +67,27 @@ class Assist:
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
         context = Context(vcpu, self._memory, regs, sregs, max_phys_addr=self._max_phys_addr)
         state.refusal = ""
-        understood = _understand(exit.instruction, context.bits)
-        if understood is None:
-            return None
-        context.instruction, completion = understood
+        name = FETCH
         try:
+            understood = _read(context, exit.instruction)
+            if understood is None:
+                raise Refused("")
+            context.instruction, completion = understood
+            name = completion.name
             completion.run(context)
         except Fault as fault:
             _raise(context, fault)
         except Refused as refused:
-            state.refusal = str(refused)
-            return None
+            if context.cpl != USER:
+                state.refusal = str(refused)
+                return None
+            # A program shall not end its machine: KVM too makes it an invalid opcode, where it is not asked to tell.
+            name = UNDEFINED
+            _raise(context, Fault(UD))
         else:
             _write_back(context)
-        state.counts[completion.name] += 1
-        return completion.name
+        state.counts[name] += 1
+        return name
 
     def complete_debug(self, vcpu: Vcpu, exit: Debug) -> str | None:
         """Do what an exit Debug asks for; return what it was, or None: it is not an assist's."""
@@ -125,10 +135,29 @@ class _VcpuState:
         self.refusal = ""
 
 
+def _read(context: Context, code: bytes) -> tuple[Instruction, Completion] | None:
+    """Return the instruction that begins with ``code``, or None.
+
+    KVM fetches no page before it needs a byte of it, and an opcode that it does not know ends its need: what is behind
+    the edge of a page is fetched here, and its fault is this fetch's. Raises Fault, Refused.
+    """
+    try:
+        return _understand(code, context.bits)
+    except TooShort:
+        missing = MAXIMUM_LENGTH - len(code)
+    if missing <= 0:
+        return None
+    with suppress(TooShort):
+        return _understand(code + context.fetch(len(code), missing), context.bits)
+    return None
+
+
 @lru_cache(maxsize=4096)  # a kernel has the same few again and again
 def _understand(code: bytes, bits: int) -> tuple[Instruction, Completion] | None:
     try:
         instruction = decode(code, bits=bits)
+    except TooShort:
+        raise
     except DecodeError:
         return None
     completion = find(instruction)

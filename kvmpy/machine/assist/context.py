@@ -111,7 +111,9 @@ class Context:
         top = linear >> (56 if self.sregs.cr4 & CR4_LA57 else 47)
         return top in (0, (1 << 64 - (56 if self.sregs.cr4 & CR4_LA57 else 47)) - 1)
 
-    def translate(self, linear: int, size: int, *, write: bool = False, system: bool = False) -> list[tuple[int, int]]:
+    def translate(
+        self, linear: int, size: int, *, write: bool = False, fetch: bool = False, system: bool = False
+    ) -> list[tuple[int, int]]:
         """Return where [linear, linear+size) is, page by page, as (gpa, bytes). ``system``: as CPL 0 (tables).
 
         Raises:
@@ -124,13 +126,13 @@ class Context:
         while size:
             length = min(size, PAGE_SIZE - linear % PAGE_SIZE)
             try:
-                gpa = paging.translate(self.memory, tables, linear, write=write, user=user)
+                gpa = paging.translate(self.memory, tables, linear, write=write, fetch=fetch, user=user)
             except paging.PageFault as fault:
                 raise Fault(PF, fault.error_code, fault.address) from None
             except (GuestMemoryError, paging.PageUnsupported) as error:
                 raise Refused(str(error)) from None
             if not self.memory.contains(gpa, length):
-                raise Refused(f"its operand at gpa 0x{gpa:x} is not RAM")
+                raise Refused(f"its {'code' if fetch else 'operand'} at gpa 0x{gpa:x} is not RAM")
             places.append((gpa, length))
             linear, size = (linear + length) & _mask(64), size - length
         return places
@@ -138,6 +140,19 @@ class Context:
     def read(self, linear: int, size: int, *, system: bool = False) -> bytes:
         """Copy ``size`` bytes at ``linear``. Raises as `translate`."""
         return b"".join(self.memory.read(gpa, length) for gpa, length in self.translate(linear, size, system=system))
+
+    def fetch(self, offset: int, size: int) -> bytes:
+        """Copy ``size`` bytes of code, ``offset`` behind where the instruction begins.
+
+        Raises:
+            Fault: #GP(0): the address is not canonical. Else as `translate`.
+        """
+        linear = (int(self.regs.rip) + offset) & _mask(self.bits)
+        if self.bits != 64:
+            linear = (linear + int(self.sregs.cs.base)) & _mask(32)
+        elif not self.is_canonical(linear):
+            raise Fault(GP, 0)
+        return b"".join(self.memory.read(gpa, length) for gpa, length in self.translate(linear, size, fetch=True))
 
     def write(self, linear: int, data: bytes) -> None:
         """Write ``data`` to ``linear``: all of it, or nothing. Raises as `translate`."""

@@ -51,16 +51,14 @@ class Executor:
     """
 
     def __init__(self) -> None:
-        fd = os.memfd_create("kvmpy-native", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, PAGE_SIZE)
-            # Mapped twice: what is written to one address is executed at another, and neither allows both.
-            self._code = mmap.mmap(fd, PAGE_SIZE)
-            executable = mmap.mmap(fd, PAGE_SIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+            with open(os.memfd_create("kvmpy-native", os.MFD_CLOEXEC), "w+b", buffering=0) as file:
+                file.truncate(PAGE_SIZE)
+                # Mapped twice: what is written to one address is executed at another, and neither allows both.
+                self._code = mmap.mmap(file.fileno(), PAGE_SIZE)
+                executable = mmap.mmap(file.fileno(), PAGE_SIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
         except OSError as error:
             raise Refused(f"the host gives no executable memory: {error}") from None
-        finally:
-            os.close(fd)
         pages = mmap.mmap(-1, 2 * PAGE_SIZE)
         self.area = memoryview(pages)[: fpu.AREA_SIZE]
         """The XSAVE area that `execute` loads and leaves, with ``use_fpu``."""

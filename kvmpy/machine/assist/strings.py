@@ -3,13 +3,16 @@
 There a REP STOS or REP MOVS costs half a microsecond an element: a kernel clears its bss for a third of a second, and
 each new page of a program for a quarter of a millisecond. But a string instruction may be left after any element
 (Intel SDM vol. 2, REP): the registers say how far it is. So whoever meets a vCPU at one may do the rest, at the speed
-of the host's memory, and nobody can tell.
+of the host's memory.
 
 It is met in two ways. A timer takes the vCPU out of the guest from time to time and looks at RIP. And where it was met
 so more than once, a breakpoint meets it always, as long as that is worth the exit.
 
 Rights, accessed and dirty bits are those of the page tables, page by page. The first page that cannot be had ends it:
-KVM executes what remains, and the fault is its own. Devices are no memory: they too are left to KVM.
+KVM executes what remains, and the fault is its own. Devices are no memory: they too are left to KVM. So are the page
+tables themselves, those that CR3 leads to: KVM keeps shadows of them, and learns only of what the guest writes. It
+keeps those of other address spaces, too. A kernel that cleared such a table by a string instruction, and not entry by
+entry before it freed it, would find old translations; Linux does not, and for others nobody turns this on.
 
 Floor: machine.
 """
@@ -22,7 +25,7 @@ from kvmpy.errors import GuestMemoryError
 from kvmpy.kvm import Vcpu
 from kvmpy.kvm.state import Regs, Sregs
 from kvmpy.machine import paging
-from kvmpy.machine.assist.context import MAX_PHYS_ADDR, paging_of
+from kvmpy.machine.assist.context import CR4_LA57, MAX_PHYS_ADDR, paging_of
 from kvmpy.machine.guest_debug import ASSIST_SLOT, SLOTS, GuestDebug
 from kvmpy.machine.memory import GuestMemory
 from kvmpy.units import PAGE_SIZE
@@ -179,6 +182,8 @@ class StringAssist:
                 break
             try:
                 to = paging.translate(self._memory, tables, target, write=True)
+                if self._is_table(tables, to):
+                    break
                 if instruction.moves:
                     origin = paging.translate(self._memory, tables, source)
                     if origin < to < origin + count * size:
@@ -193,6 +198,10 @@ class StringAssist:
             done, remaining = done + count, remaining - count
             target, source = (target + count * size) % (1 << 64), (source + count * size) % (1 << 64)
         return done
+
+    def _is_table(self, tables: paging.Paging, gpa: int) -> bool:
+        levels = 5 if tables.cr4 & CR4_LA57 else 4
+        return bool(lib.kvmpy_is_table(self._memory.table, tables.cr3, levels, gpa))
 
     def _paging(self, regs: Regs, sregs: Sregs) -> paging.Paging:
         return paging_of(sregs, int(regs.rflags), self._max_phys_addr)

@@ -8,7 +8,8 @@ A breakpoint on that handler brings us the exit Debug, and this is what becomes 
     any other page fault                             ->  step over the handler's first instruction
 
 The second, because a breakpoint would stop at the same instruction again (KVM's emulator does not honour RF). A jump
-to the entry is no system call: it stays the page fault that it is.
+to the entry is no system call: it stays the page fault that it is. It could forge RCX, but not R11, which the kernel
+takes for RFLAGS: that must fit RFLAGS, and no program can mask its own as SYSCALL does, the interrupt flag for one.
 
 Where the handler is says the IDT at the moment when the guest writes one of the MSRs of SYSCALL: those writes come to
 user space until it is known that the host needs none of this. Not seen is a handler that the guest changes later,
@@ -90,10 +91,12 @@ class SyscallAssist:
         return "syscall"
 
     def _is_syscall(self, context: Context, frame: tuple[int, ...]) -> bool:
-        error_code, rip, cs = frame[:3]
+        error_code, rip, cs, rflags = frame[:4]
         entry = int(self._state.lstar)
         if error_code & ~MAY_BE_SET != AT_CPL3 or cs & 3 != 3 or rip != entry or context.sregs.cr2 != entry:
             return False
+        if rflags & ~lib.X86_EFLAGS_RF != context.registers[R11] & ~(int(self._state.fmask) | lib.X86_EFLAGS_RF):
+            return False  # SYSCALL leaves in R11 the flags, and in RFLAGS those that are not masked
         # The handler runs at CPL 0, and SMAP would not let it read there.
         context.rflags |= lib.X86_EFLAGS_AC
         try:
@@ -113,7 +116,7 @@ class SyscallAssist:
         self._vcpu.set_regs(regs)
 
 
-RCX, RSP = 1, 4
+RCX, RSP, R11 = 1, 4, 11
 CODE, DATA = 11, 3  # read, execute, accessed; read, write, accessed (Intel SDM vol. 3, table 3-1)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from kvmpy import Kvm
-from kvmpy._shim import ffi
+from kvmpy._shim import ffi, lib
 from kvmpy.kvm import Debug, Vcpu
 from kvmpy.machine import paging, x86
 from kvmpy.machine.assist import Assist, strings
@@ -110,6 +110,56 @@ def test_device_is_left_to_kvm(bench: Bench) -> None:
         assist.look()
         assert assist.finished == 0
         assert vcpu.get_regs().rcx == 100
+
+
+@pytest.mark.parametrize("levels", [4, 5])
+def test_page_table_is_found_among_all_that_cr3_leads_to(bench: Bench, levels: int) -> None:
+    lay_out(bench.memory, 1)
+    memory = bench.memory
+    top = tables.PAGES_64
+    if levels == 5:
+        top = 0x14000
+        memory.write(top, (tables.PAGES_64 | 3).to_bytes(8, "little"))
+    in_use = {top, *(tables.PAGES_64 + at for at in (0, 0x1000, 0x2000)), TABLE}
+    found = {
+        gpa for gpa in range(0, tables.RAM_SIZE, PAGE_SIZE) if lib.kvmpy_is_table(memory.table, top, levels, gpa + 8)
+    }
+    assert found == in_use
+
+
+def test_search_for_page_tables_is_bounded(bench: Bench) -> None:
+    """A table whose entries all lead to itself: too many to tell."""
+    bench.memory.write(0x14000, (0x14000 | 3).to_bytes(8, "little") * 512)
+    assert lib.kvmpy_is_table(bench.memory.table, 0x14000, 5, 0x15000)
+    assert not lib.kvmpy_is_table(bench.memory.table, 1 << 40, 4, 0x15000)
+
+
+def test_page_table_is_left_to_kvm_which_keeps_a_shadow_of_it(bench: Bench) -> None:
+    lay_out(bench.memory, 1)
+    bench.memory.write(TABLE, (TABLE | 3).to_bytes(8, "little"))
+    with bench.start(INSTRUCTIONS[2].code, Mode.CPL0, rdi=WINDOW + 256, rcx=400) as vcpu:
+        assist = StringAssist(vcpu, bench.memory, GuestDebug(vcpu))
+        assist.look()
+        assert assist.finished == 0
+
+
+def test_two_instructions_have_a_breakpoint_each(bench: Bench) -> None:
+    lay_out(bench.memory, 1)
+    debug_exits = []
+    code = INSTRUCTIONS[0].code * 3
+    sites = [tables.CODE + 2 * i for i in range(3)]
+    with bench.start(code, Mode.CPL0) as vcpu:
+        debug = GuestDebug(vcpu)
+        for slot, site in enumerate(sites, 1):
+            debug.set_breakpoint(slot, site)
+        for slot, site in enumerate(sites, 1):
+            exit = vcpu.next_exit()
+            assert isinstance(exit, Debug)
+            debug_exits.append(exit.pc)
+            debug.set_breakpoint(slot, None)
+            assert debug.breakpoint(slot) is None
+            assert site == exit.pc
+    assert debug_exits == sites
 
 
 def test_direction_down_is_left_to_kvm(bench: Bench) -> None:

@@ -145,6 +145,16 @@ def test_other_page_fault_reaches_its_handler(assisted: Run) -> None:
     assert arrival.regs["rip"] > HANDLER
 
 
+@pytest.mark.parametrize("flag", [1 << 9, 1 << 0, 1 << 18], ids=["IF", "CF", "AC"])
+def test_jump_that_looks_like_a_syscall_has_its_flags_unmasked(assisted: Run, flag: int) -> None:
+    """R11 would be RFLAGS to the kernel: who forges it, with IOPL say, must not get there."""
+    code = JUMP_TO_ENTRY + SYSCALL
+    forged = {"rax": ENTRY, "rcx": tables.CODE + len(code), "r11": 3 << 12}
+    arrival = assisted(code, handler=FIRST_INSTRUCTIONS["nop"], fmask=flag, rflags=2 | flag, **forged)
+    assert arrival.port == tables.DONE_PORT
+    assert HANDLER < arrival.regs["rip"] < ALIAS
+
+
 @pytest.mark.parametrize("rcx", [0, 1, 0xFFFF_FFFF_FFFF_FFFF, 0x8000_0000_0000_0000, tables.RAM_SIZE * 2])
 def test_rcx_that_points_nowhere_is_no_syscall(assisted: Run, rcx: int) -> None:
     arrival = assisted(JUMP_TO_ENTRY, handler=FIRST_INSTRUCTIONS["nop"], rax=ENTRY, rcx=rcx)
