@@ -109,9 +109,11 @@ class Kernel(NamedTuple):
         preferred, alignment = PREF_ADDRESS.get(self.raw), KERNEL_ALIGNMENT.get(self.raw)
         if not self.relocatable:
             return (preferred,)
-        lowest = align_up(layout.HIGH_MEMORY, alignment)
+        # Linux, which names its version, moves itself up to the address that it prefers, and needs the room there.
+        least = preferred if KERNEL_VERSION.get(self.raw) else layout.HIGH_MEMORY
+        lowest = align_up(max(least, layout.HIGH_MEMORY), alignment)
         # From another address than an aligned one it would move itself: then there is nothing to prefer.
-        return (preferred, lowest) if preferred % alignment == 0 else (lowest,)
+        return (preferred, lowest) if preferred % alignment == 0 and lowest != preferred else (lowest,)
 
     @property
     def least_end(self) -> int:

@@ -64,7 +64,7 @@ KERNELS = {
     "unknown": Bad(b"\x12\x34" * 999, ("no boot protocol found", "--format flat", AT)),
     "bzImage too large": Bad(
         bzimage(init_size=64 * MiB),
-        ("no room for 64 MiB", "1 MiB to 0x2000000", "66 MiB of memory would do", AT),
+        ("no room for 64 MiB", "1 MiB to 0x2000000", "80 MiB of memory would do", AT),
         ("--mem", "32M"),
     ),
     "vmlinux too large": Bad(
@@ -79,7 +79,7 @@ KERNELS = {
     ),
     "initrd beside bzImage": Bad(
         bzimage(init_size=60 * MiB),
-        ("no room for 60 MiB", "0x3d80000 .initrd.", "63 MiB of memory would do", AT),
+        ("no room for 60 MiB", "0x3d80000 .initrd.", "77 MiB of memory would do", AT),
         ("--mem", "62.5M", *INITRD),
     ),
     "initrd over vmlinux": Bad(
@@ -89,7 +89,7 @@ KERNELS = {
     ),
     "initrd without room": Bad(
         bzimage(),
-        ("9 MiB of initrd and modules .large. do not fit", "0x800000", "12 MiB of memory would do", AT),
+        ("9 MiB of initrd and modules .large. do not fit", "0x800000", "26 MiB of memory would do", AT),
         ("--mem", "8M", "--initrd", "large"),
     ),
     "initrd above its limit": Bad(

@@ -117,17 +117,23 @@ def test_setup_sects_0_means_4(write, memory):
 def test_a_kernel_that_does_not_fit_where_it_prefers_moves_when_it_can(write):
     """boot.rst, relocatable_kernel: any address that is a multiple of kernel_alignment."""
     with GuestMemory(8 * MiB) as memory:
-        entry = boot(write(bzimage()), memory)
+        entry = boot(write(bzimage(kernel_version=0)), memory)
         assert entry.rip == 0x20_0200
         assert memory.read(0x20_0000, KERNEL_SIZE) == KERNEL
         assert zero_page(memory, 0x214, 4) == 0x20_0000
         refused(write(bzimage(relocatable_kernel=0)), memory, "no room for 1 MiB")
 
 
+def test_linux_does_not_run_below_where_it_prefers(write):
+    """It moves itself up to there (arch/x86/boot/compressed/head_64.S, LOAD_PHYSICAL_ADDR), whatever is there."""
+    with GuestMemory(8 * MiB) as memory:
+        refused(write(bzimage()), memory, "no room for 1 MiB")
+
+
 def test_a_kernel_moves_from_under_its_initrd(write, memory):
     """Never overlapping: the kernel gives way when it can, and is refused when not."""
     options = BootOptions(initrd=write(bytes(48 * MiB), "initrd"))
-    assert boot(write(bzimage()), memory, options).rip == 0x20_0200
+    assert boot(write(bzimage(kernel_version=0)), memory, options).rip == 0x20_0200
     refused(write(bzimage(relocatable_kernel=0)), memory, "no room", options)
 
 
@@ -203,7 +209,7 @@ def test_a_huge_init_size_is_refused(write, memory, init_size):
 def test_a_preferred_address_out_of_ram_is_refused_or_given_up(write, memory, address):
     """Case 63: pref_address out of RAM, or under our tables."""
     refused(write(bzimage(pref_address=address, relocatable_kernel=0)), memory, "no room")
-    assert boot(write(bzimage(pref_address=address)), memory).rip == 0x20_0200
+    assert boot(write(bzimage(pref_address=address, kernel_version=0)), memory).rip == 0x20_0200
 
 
 @pytest.mark.parametrize(
