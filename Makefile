@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SHIM_SOURCES := $(wildcard csrc/*) $(wildcard csrc/cdef/*) guests/abi.h setup.py pyproject.toml
 
 .PHONY: all run test check guests linux-guest debian-guest benchmark clean
-.PHONY: campaign-images campaign-chains campaign-disks campaign-crash campaign-linux
+.PHONY: campaign-images campaign-chains campaign-disks campaign-crash campaign-assists campaign-linux
 
 all: guests
 
@@ -41,6 +41,11 @@ campaign-chains: $(VENV)/test-tools
 campaign-disks: $(VENV)/test-tools
 	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/storage/test_vhd_mutations.py tests/storage/test_blob_mutations.py \
 		tests/storage/test_blob_model.py --timeout 3600
+
+# A hundred thousand byte strings through the decoder, objdump beside it; every instruction in thousands of states, beside
+# the processor.
+campaign-assists: $(VENV)/test-tools
+	KVMPY_CAMPAIGN=1 $(BIN)/python -m pytest -q -s tests/machine/assist --timeout 3600
 
 # Far more power cuts, each planted defect wherever it can be, 3000 kills, 40,000 increments in storms of writers.
 campaign-crash: guests $(VENV)/test-tools

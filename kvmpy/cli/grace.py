@@ -3,12 +3,16 @@
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
+
+ASK_AGAIN = 1.0  # seconds
 
 
 class Grace:
-    """Once `begin` was called, calls ``ask``, and ``stop`` when ``seconds`` have passed.
+    """Once `begin` was called, calls ``ask`` once a second, and ``stop`` when ``seconds`` have passed.
 
+    Once is not enough: a kernel that has not set up its power button yet misses the edge.
     It has a thread of its own: the main thread may be busy with output whose reader sleeps.
     """
 
@@ -27,10 +31,15 @@ class Grace:
         begun, _, _ = select.select([self._begun_fd, self._closed_fd], [], [])
         if self._closed_fd in begun:
             return
-        self._ask()
-        closed, _, _ = select.select([self._closed_fd], [], [], self._seconds)
-        if not closed:
-            self._stop()
+        deadline = time.monotonic() + self._seconds
+        left = self._seconds
+        while left > 0:
+            self._ask()
+            closed, _, _ = select.select([self._closed_fd], [], [], min(left, ASK_AGAIN))
+            if closed:
+                return
+            left = deadline - time.monotonic()
+        self._stop()
 
     def close(self) -> None:
         """Call neither any more."""

@@ -58,7 +58,7 @@ class Interruption:
 
     @contextmanager
     def grace(self, seconds: float, *, ask: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
-        """Inside, give the guest time: ``ask`` it to stop, and ``stop`` it then. Both are called by a thread."""
+        """Inside, give the guest time: ``ask`` it to stop, repeatedly, and ``stop`` it then. A thread calls both."""
         from kvmpy.cli.grace import Grace
 
         def expire() -> None:

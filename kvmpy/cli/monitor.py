@@ -21,7 +21,8 @@ HELP = """\
   pause      take the guest's vCPUs out of it
   resume     let them run on
   cont       resume, and go back to the guest (as Ctrl-A c, which does not resume)
-  stop       ask the guest to stop, by its parameter page
+  stop       ask the guest to stop: press the power button (ACPI), and set
+             the parameter page's request; it may ignore both
   quit       end the run
 """
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def stats_text(pc: Pc, result: RunResult) -> str:
     """Return exits by reason, accesses by device, and times, as aligned lines for people."""
-    lines = ["exits by reason"]
+    last = " of the last boot" if result.restarts else ""
+    lines = [f"exits by reason{last}"]
     for reason, count in sorted(result.exits.items(), key=lambda item: -item[1]):
         lines.append(f"  {reason:<23} {count:>12}")
     lines += [f"  {'total':<23} {result.exits_total:>12}", ""]
@@ -28,7 +29,7 @@ def stats_text(pc: Pc, result: RunResult) -> str:
     lines += disk_lines(result) + assist_lines(result)
     if pc.spec.on_reboot is OnReboot.RESTART:
         lines += ["", f"  {'restarts':<23} {result.restarts:>12}"]
-    lines += ["", "time in seconds", f"  {'wall':<23} {result.seconds:>12.6f}"]
+    lines += ["", f"time in seconds{last}", f"  {'wall':<23} {result.seconds:>12.6f}"]
     vcpus = "" if pc.spec.cores == 1 else f" ({pc.spec.cores} vCPUs)"
     lines.append(f"  {'in the guest' + vcpus:<23} {result.seconds_in_guest:>12.6f}")
     lines.append(f"  {'out of it' + vcpus:<23} {seconds_out(pc, result):>12.6f}")

@@ -76,11 +76,23 @@ class Session:
         )
         if spec.cores > host_cpus:
             say(f"warning: {spec.cores} cores take turns on {host_cpus} host CPUs")
+        self._warn_of_untold()
         self._interruption.attach(self.pc.loop, self.pc.stop)
         if arguments.grace:
             grace = self._interruption.grace(arguments.grace, ask=self.pc.request_stop, stop=self.pc.stop)
             stack.enter_context(grace)
         self._watch_exits()
+
+    def _warn_of_untold(self) -> None:
+        """Warn of devices that the guest cannot find, because the user's command line is left as it is."""
+        if not self.pc.spec.append_exact:
+            return
+        from kvmpy.pc.linux import untold_devices
+
+        devices = untold_devices(self.pc.spec, self.pc.loaded.title, self.pc.loaded.cmdline)
+        if devices:
+            who = " and ".join(filter(None, (", ".join(devices[:-1]), devices[-1])))
+            say(f"warning: --append-exact: the guest is not told of its {who}; --virtio acpi tells it")
 
     # --- what the guest is tied to ------------------------------------------------------------------------------
 
@@ -174,10 +186,10 @@ class Session:
     def report(self, result: RunResult) -> int:
         """Say how the run ended and write what was asked for; return the exit status. Raises OSError."""
         arguments = self._arguments
-        self._end_line()
         # A signal explains them all: a terminal that hangs up sends one, and takes no more output.
         interrupted = self._interruption.received
         errors = [output.error for output in self._outputs if output.error is not None and not interrupted]
+        self._end_line(speaks=bool(result.message or result.panic or errors or arguments.verbose or arguments.stats))
         if result.message and not errors:
             say(result.message)
         if result.panic is not None:
@@ -195,12 +207,27 @@ class Session:
     def _report_panic(self, result: RunResult) -> None:
         if result.reason is not EndReason.PANIC:
             say(f"the guest's kernel panicked: {result.panic}")
-        above = self._arguments.serial == "stdio" and os.isatty(STDOUT) and os.isatty(STDERR)
+        above = self._arguments.serial == "stdio" and _on_terminal()
         if not above:
             show("".join(f"  {line}\n" for line in result.last_words))
 
-    def _end_line(self) -> None:
-        """Begin a new line on a terminal where the guest left one unfinished: ours shall not be behind it."""
+    def _end_line(self, *, speaks: bool = True) -> None:
+        """Begin a new line where the guest left one unfinished: ours shall not be behind it, nor a shell's prompt.
+
+        In a file or pipe that takes both there is no prompt: a run that ``speaks`` no word adds no byte to it.
+        """
         unfinished = any(output.fd == STDOUT and not output.at_line_start for output in self._outputs)
-        if unfinished and os.isatty(STDOUT) and os.isatty(STDERR):
+        if unfinished and (_on_terminal() or (speaks and _is_one_file())):
             show("\n")
+
+
+def _on_terminal() -> bool:
+    return os.isatty(STDOUT) and os.isatty(STDERR)
+
+
+def _is_one_file() -> bool:
+    """Tell whether standard output and standard error are the same file or pipe. A closed one is none."""
+    try:
+        return os.path.sameopenfile(STDOUT, STDERR)
+    except OSError:
+        return False

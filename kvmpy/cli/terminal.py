@@ -1,9 +1,11 @@
-"""The terminal of ``kvmpy run -i``: raw, so that each key reaches the guest, and restored in every case.
+"""The terminal of ``kvmpy run -i``: raw, so that each key reaches the guest, and restored however the run ends
+(but by SIGKILL).
 
 Ctrl-A is for kvmpy: x ends the run, c opens and closes the monitor, h helps, Ctrl-A Ctrl-A sends one Ctrl-A.
 """
 
 import atexit
+import errno
 import os
 import termios
 from collections.abc import Callable
@@ -30,6 +32,7 @@ class RawTerminal:
         self._saved: list[Any] | None = None
 
     def __enter__(self) -> Self:
+        check_foreground(self._fd)
         # Also when the process ends without leaving the block, by a second signal at the wrong moment.
         atexit.register(self.restore)
         try:
@@ -52,6 +55,20 @@ class RawTerminal:
             termios.tcsetattr(self._fd, termios.TCSANOW, self._saved)
         except termios.error:
             return
+
+
+def check_foreground(fd: int) -> None:
+    """Raise OSError when ``fd`` is this process's terminal, and another process group is in its foreground.
+
+    A change of its mode would stop this one (SIGTTOU), or fail with EINTR or EIO. Source: tcsetattr(3), setpgid(2).
+    """
+    try:
+        foreground = os.tcgetpgrp(fd)
+    except OSError:  # ENOTTY: not our controlling terminal, where groups mean nothing
+        return
+    if foreground != os.getpgrp():
+        why = "not in the foreground of its terminal (timeout needs --foreground)"
+        raise OSError(errno.EIO, why, "-i")
 
 
 def raw(mode: list[Any]) -> list[Any]:

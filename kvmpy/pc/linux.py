@@ -16,7 +16,7 @@ from kvmpy.machine import layout
 from kvmpy.machine.boot.detect import BootProtocol
 from kvmpy.machine.boot.image import ImageFile
 from kvmpy.machine.boot.plan import BootOptions
-from kvmpy.pc.spec import Announcement, MachineSpec
+from kvmpy.pc.spec import Announcement, Console, MachineSpec
 
 LINUX_PROTOCOLS = ("bzImage", "PVH")
 """The titles of those that serve `BootOptions.devices`."""
@@ -61,6 +61,19 @@ def added_words(spec: MachineSpec, protocol: BootProtocol, image: ImageFile) -> 
         words = layout.virtio_cmdline(spec.virtio_windows)
         devices = tuple(Word(word, "where a virtio device is") for word in words)
     return devices + (host_words(_has, spec.boot_options) if is_linux(image) else ())
+
+
+def untold_devices(spec: MachineSpec, title: str, cmdline: str) -> tuple[str, ...]:
+    """Return the virtio devices of ``spec`` that nobody tells Linux of; ``title`` is that of its boot protocol.
+
+    That is what ``append_exact`` leaves out, unless the user has said it in ``cmdline``.
+    """
+    tells = spec.virtio is Announcement.ACPI or not spec.append_exact or "virtio_mmio.device=" in cmdline
+    if tells or title not in LINUX_PROTOCOLS:
+        return ()
+    disks = {0: (), 1: ("disk",)}.get(len(spec.disks), ("disks",))
+    rng = ("entropy device",) if spec.rng else ()
+    return (*disks, *rng, *(("console",) if spec.console is Console.VIRTIO else ()))
 
 
 def host_words(has: Callable[[str], bool], options: BootOptions) -> tuple[Word, ...]:

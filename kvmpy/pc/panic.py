@@ -11,6 +11,9 @@ Words alone prove nothing: a user may print them. So they are believed of a gues
 halts without the "reboot: " that a living kernel says first, or that hangs: silent for HANG_SECONDS behind the last
 line above, without an access to a device, and each vCPU in ring 0 at every look, or halted with interrupts off.
 
+That word stands on a serial port alone. Of hvc0 Linux shuts the virtio device down before it says it
+(device_shutdown): there a program that prints a panic's words and then reboots is taken for a panic.
+
 The guest says what it likes, as long as it likes: what is kept of it, and the work for a line, is bounded.
 
 Source: Linux, kernel/panic.c (panic), kernel/reboot.c; Documentation/admin-guide/kernel-parameters.txt (panic=).

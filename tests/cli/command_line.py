@@ -54,14 +54,18 @@ def start(
 
 
 class Terminal:
-    """A terminal with ``kvmpy`` in it. ``screen`` is what it has printed so far."""
+    """A terminal with ``kvmpy`` in it. ``screen`` is what it has printed so far.
 
-    def __init__(self, *arguments: str) -> None:
+    With ``before``, a command that starts another, a shell leads the session and starts that.
+    """
+
+    def __init__(self, *arguments: str, before: tuple[str, ...] = ()) -> None:
+        shell = ("sh", "-c", '"$@"; exit $?', "sh", *before) if before else ()
         self.master, self.slave = pty.openpty()
         self.mode = termios.tcgetattr(self.slave)
         self.screen = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvmpy", *arguments],
+            [*shell, sys.executable, "-m", "kvmpy", *arguments],
             env=environment(),
             preexec_fn=lambda: os.login_tty(self.slave),
             pass_fds=(self.slave,),

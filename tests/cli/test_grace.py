@@ -3,11 +3,13 @@
 import fcntl
 import os
 import signal
+import threading
 from collections.abc import Callable
 
 import pytest
 from command_line import DEADLINE, SPIN, start
 
+from kvmpy.cli.grace import Grace
 from kvmpy.cli.interruption import Interruption
 from kvmpy.units import PAGE_SIZE
 
@@ -63,6 +65,23 @@ def test_a_second_wish_ends_the_grace_but_not_the_same_wish_twice(monkeypatch: p
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert interruption.received == signal.SIGTERM
+
+
+def test_a_guest_is_asked_again_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time, its kernel may have had no button yet."""
+    monkeypatch.setattr("kvmpy.cli.grace.ASK_AGAIN", 0.001)
+    asked, third, stopped = [], threading.Event(), threading.Event()
+
+    def ask() -> None:
+        asked.append(None)
+        if len(asked) == 3:
+            third.set()
+
+    grace = Grace(3600.0, ask=ask, stop=stopped.set)
+    grace.begin()
+    assert third.wait(DEADLINE)
+    grace.close()
+    assert not stopped.is_set()
 
 
 def test_a_reader_that_sleeps_keeps_nothing_from_its_end(image: Image) -> None:

@@ -6,7 +6,7 @@ import termios
 from collections.abc import Callable
 
 import pytest
-from command_line import ECHO, SPIN, Terminal
+from command_line import DEADLINE, ECHO, SPIN, Terminal
 
 from kvmpy.cli.terminal import RawTerminal
 
@@ -173,6 +173,7 @@ def test_help_names_every_command(monitor: Terminal) -> None:
     shown = monitor.read_until(b"(kvmpy) ")
     for command in (b"regs", b"exits", b"pause", b"resume", b"cont", b"quit"):
         assert command in shown
+    assert b"power button (ACPI)" in shown
 
 
 def test_quit_ends_the_run(monitor: Terminal) -> None:
@@ -198,6 +199,20 @@ def test_without_i_the_terminal_is_left_alone(terminal: Callable[..., Terminal],
     started.type(b"\x04\n")  # what the guest would end by
     started.send_signal(signal.SIGTERM)
     assert started.wait() == 130
+
+
+# --- in the background ------------------------------------------------------------------------------------------
+
+
+def test_in_the_background_of_its_terminal_it_says_what_is_missing(image: Callable[..., str]) -> None:
+    """timeout(1) makes a process group of its own; the shell stays in the foreground."""
+    started = Terminal("run", image(ECHO), "--format", "flat", "-i", before=("timeout", str(DEADLINE)))
+    try:
+        started.read_until(b"kvmpy: -i: not in the foreground of its terminal (timeout needs --foreground)\r\n")
+        assert started.wait() == 196
+        assert termios.tcgetattr(started.slave) == started.mode
+    finally:
+        started.close()
 
 
 # --- the terminal alone -----------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def test_verbose_says_each_restart_and_the_reports_are_of_the_last_boot(
         "kvmpy: the guest reset the machine: restart 2",
     ]
     assert "  restarts                           2\n" in done.stderr
+    assert "\ntime in seconds of the last boot\n" in done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["restarts"], result["status"], result["panic"]) == (2, 7, None)
 

@@ -20,7 +20,7 @@ PACKINGS = (
     Packing("xz", b"\xfd7zXZ\0", "xz -dc"),
     Packing("LZMA", b"\x5d\0\0", "xz -dc"),
     Packing("legacy LZ4", b"\x02\x21\x4c\x18", "lz4 -dc"),
-    Packing("LZ4", b"\x04\x22\x4d\x18", "lz4 -dc"),
+    Packing("LZ4 in its frame format", b"\x04\x22\x4d\x18", "lz4 -dc"),
     Packing("zstd", b"\x28\xb5\x2f\xfd", "zstd -dc"),
     Packing("LZO", b"\x89LZO\0\r\n\x1a\n", "lzop -dc"),
     Packing("lzip", b"LZIP", "lzip -dc"),

@@ -103,8 +103,8 @@ class BootOptions(NamedTuple):
             return ""
         names = Counter(word.partition("=")[0] for word in self.devices)
         added = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names.items())
-        own, others = len(os.fsencode(self.append)), len(os.fsencode(" ".join(self.devices)))
-        return f" ({own} given, {others} added: {added})"
+        own = len(os.fsencode(self.append))  # the rest is ours: the spaces between, too
+        return f" ({own} given, {len(os.fsencode(self.linux_cmdline)) - own} added: {added})"
 
     @property
     def files(self) -> tuple[Module, ...]:

@@ -57,7 +57,7 @@ KERNELS = {
     "truncated setup": Bad(bzimage()[:1000], ("truncated", "the file has 1000 bytes", AT)),
     "truncated vmlinux": Bad(pvh()[:-1], ("truncated", AT)),
     "packed with zstd": Bad(image_of(0, b"\x28\xb5\x2f\xfd"), ("packed with zstd", "zstd -dc", AT)),
-    "packed with LZ4": Bad(image_of(0, b"\x04\x22\x4d\x18"), ("packed with LZ4", "lz4 -dc", AT)),
+    "packed with LZ4": Bad(image_of(0, b"\x04\x22\x4d\x18"), ("packed with LZ4 in its frame format", "lz4 -dc", AT)),
     "packed with LZO": Bad(image_of(0, b"\x89LZO\0\r\n\x1a\n"), ("packed with LZO", "lzop -dc", AT)),
     "damaged xz": Bad(PACK["xz"](pvh())[:-30], ("xz", "truncated|damaged", AT)),
     "packed bomb": Bad(PACK["xz"](bytes(5 * MiB)), ("more than 4 MiB", AT), ("--mem", "4M")),

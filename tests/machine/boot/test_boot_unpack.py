@@ -80,7 +80,7 @@ def test_the_entry_says_what_was_done(write, memory):
         (bzimage(payload=b"\x01\x02\x03\x04" * 9), "compressed with something unknown"),
         (bzimage(payload=b"\x28\xb5\x2f\xfd" * 9), "compressed with zstd"),
         (bzimage(payload=b"\x89LZO\0\r\n\x1a\n" * 9), "compressed with LZO"),
-        (bzimage(payload=b"\x04\x22\x4d\x18" * 9), "compressed with LZ4"),
+        (bzimage(payload=b"\x04\x22\x4d\x18" * 9), "compressed with LZ4 in its frame format"),
         (bzimage(payload=b"\x1f\x8b\x08", payload_length=8), "compressed with something unknown"),
         (bzimage(payload=payload("xz", KERNEL), payload_length=2**31), "compressed with something unknown"),
         (bzimage(payload=payload("xz", KERNEL), payload_offset=2**32 - 1), "compressed with something unknown"),

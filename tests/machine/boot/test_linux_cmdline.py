@@ -54,13 +54,13 @@ def test_the_kernels_limit_holds_for_both_together(write, memory):
     boot(write(bzimage(cmdline_size=length)), memory, options)
     with pytest.raises(ImageError, match=f"of {length} bytes .*: this kernel takes {length - 1}") as caught:
         boot(write(bzimage(cmdline_size=length - 1)), memory, options)
-    assert "(5 given, 69 added: virtio_mmio.device x 2)" in str(caught.value)
+    assert "(5 given, 70 added: virtio_mmio.device x 2)" in str(caught.value)
 
 
 def test_the_room_for_command_lines_holds_for_both_together(write, memory):
     room = layout.COMMAND_LINES_SIZE - 1
     boot(write(pvh()), memory, BootOptions(append="x" * (room - len(WORDS) - 1), devices=DEVICES))
-    with pytest.raises(ValueError, match=f"of 65536 bytes .{room - len(WORDS)} given, 69 added: .*: 65535 are allowed"):
+    with pytest.raises(ValueError, match=f"of 65536 bytes .{room - len(WORDS)} given, 70 added: .*: 65535 are allowed"):
         boot(write(pvh()), memory, BootOptions(append="x" * (room - len(WORDS)), devices=DEVICES))
 
 
@@ -72,7 +72,7 @@ def test_a_command_line_that_linux_would_cut_off_is_refused(write, memory):
     boot(linux, memory, BootOptions(append="x" * free, devices=words))
     with pytest.raises(ImageError, match=r"of 2048 bytes .*: Linux 6.1.0-test takes 2047") as caught:
         boot(linux, memory, BootOptions(append="x" * (free + 1), devices=words))
-    assert f"({free + 1} given, 88 added: virtio_mmio.device x 2, clearcpuid)" in str(caught.value)
+    assert f"({free + 1} given, 89 added: virtio_mmio.device x 2, clearcpuid)" in str(caught.value)
     boot(write(pvh()), memory, BootOptions(append="x" * (free + 1), devices=words))
 
 
