@@ -2,7 +2,7 @@
 
 Two kinds. Devices that it cannot find by itself. And what a host's KVM does wrong in ring 0 without anybody
 noticing: an instruction whose execution brings no exit cannot be completed, so the kernel is told to do without. What
-is wrong is found by the probes. A host that does all of it right adds no word.
+is wrong is found by the probes. A host whose processor executes ring 0 itself does all of it right, and adds no word.
 
 Source: Linux, Documentation/admin-guide/kernel-parameters.txt (clearcpuid=), arch/x86/kernel/cpu/common.c
 (cpu_parse_early_param), arch/x86/include/asm/cpufeatures.h.
@@ -60,7 +60,7 @@ def added_words(spec: MachineSpec, protocol: BootProtocol, image: ImageFile) -> 
     if spec.virtio is Announcement.CMDLINE:
         words = layout.virtio_cmdline(spec.virtio_windows)
         devices = tuple(Word(word, "where a virtio device is") for word in words)
-    return devices + (host_words(_has, spec.boot_options) if is_linux(image) else ())
+    return devices + (host_words(_has, spec.boot_options) if is_linux(image) and ring_0_is_slow() else ())
 
 
 def untold_devices(spec: MachineSpec, title: str, cmdline: str) -> tuple[str, ...]:
@@ -107,5 +107,5 @@ def ring_0_is_slow() -> bool:
 def _has(ability: str) -> bool:
     from kvmpy.machine.probe import has, learn  # which makes a VM of its own: other guests need none of it
 
-    learn([NATIVE_RING_0, SYSCALL, *(feature.ability for feature in FEATURES)])
+    learn([SYSCALL, *(feature.ability for feature in FEATURES)], unless=NATIVE_RING_0)
     return has(ability)

@@ -8,7 +8,7 @@ from linux_images import linux_bzimage, plain_bzimage
 
 from kvmpy import Disk
 from kvmpy.machine.boot.plan import BootOptions
-from kvmpy.machine.probe import Ability, has, learn
+from kvmpy.machine.probe import Ability, Finding, Verdict, has, learn
 from kvmpy.pc import Announcement, MachineSpec, Pc, linux
 from kvmpy.pc.linux import FEATURES, host_words
 from kvmpy.units import KiB, MiB
@@ -71,8 +71,8 @@ DISK_WORD = "virtio_mmio.device=4K@0xd0000000:5"
 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that cannot do rdpid."""
-    monkeypatch.setattr(linux, "_has", lacks("rdpid-cpl0"))
+    """A host that emulates ring 0, and cannot do rdpid."""
+    monkeypatch.setattr(linux, "_has", lacks("rdpid-cpl0", "native-cpl0"))
 
 
 @pytest.fixture
@@ -99,10 +99,10 @@ def words_of(spec: MachineSpec) -> tuple[str, list[str]]:
 @pytest.mark.kvm
 @pytest.mark.usefixtures("wrong")
 def test_linux_is_told_of_disks_and_of_the_host(make: Callable[..., MachineSpec]) -> None:
-    added = [DISK_WORD, "clearcpuid=534"]
+    added = [DISK_WORD, "clearcpuid=534,319"]
     assert words_of(make(linux_bzimage())) == (f"quiet {' '.join(added)}", added)
     acpi = make(linux_bzimage(), virtio=Announcement.ACPI)
-    assert words_of(acpi) == ("quiet clearcpuid=534", ["clearcpuid=534"])
+    assert words_of(acpi) == ("quiet clearcpuid=534,319", ["clearcpuid=534,319"])
 
 
 @pytest.mark.kvm
@@ -122,6 +122,15 @@ def test_on_this_host_the_words_are_what_the_probes_found(make: Callable[..., Ma
     _, words = words_of(make(linux_bzimage()))
     numbers = [str(feature.number) for feature in FEATURES if not has(feature.ability)]
     assert words[1:] == ([f"clearcpuid={','.join(numbers)}"] if numbers else [])
+
+
+@pytest.mark.kvm
+def test_host_that_executes_ring_0_itself_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = Finding(Ability.NATIVE_CPL0, Verdict.OK)
+    known = {Ability.NATIVE_CPL0: native}
+    monkeypatch.setattr("kvmpy.machine.probe._known", known)
+    assert not linux.ring_0_is_slow()
+    assert known == {Ability.NATIVE_CPL0: native}
 
 
 @pytest.mark.kvm

@@ -125,18 +125,24 @@ def has(name: str) -> bool:
     return probe(name).verdict is Verdict.OK
 
 
-def learn(names: Iterable[str]) -> None:
+def learn(names: Iterable[str], *, unless: str | None = None) -> None:
     """Find those of ``names`` that are not known yet, in one VM: `probe` and `has` make one for each.
+
+    Where the host has the ability ``unless``, which is looked for first, the others are not.
 
     Raises:
         ValueError: no ability has one of these names.
     """
+    names = list(names) if unless is None else [unless, *names]
     unknown = [ability for ability in map(Ability, names) if ability not in _known and ability in _GUEST_PROBES]
     if not unknown:
         return
     try:
         with Kvm() as kvm, Bench(kvm) as bench:
-            _known.update({ability: _GUEST_PROBES[ability].find(bench) for ability in unknown})
+            for ability in unknown:
+                if unless is not None and unless in _known and _known[Ability(unless)].verdict is Verdict.OK:
+                    return
+                _known[ability] = _GUEST_PROBES[ability].find(bench)
     except KvmError as error:
         why = f"not tried: {error}"
         _known.update({ability: Finding(ability, Verdict.UNKNOWN, why) for ability in unknown})
