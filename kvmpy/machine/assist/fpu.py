@@ -10,8 +10,9 @@ The state travels as XSAVE has it, in the standard format::
 SIMD exceptions. The host runs the instruction with all of them masked, and with clear flags: what it raised stands in
 MXCSR afterwards, and is compared with the guest's masks. Masked underflow is raised by an inexact tiny result only,
 unmasked underflow by an exact one too: for that there is a run before, with flush-to-zero, under which every tiny
-result raises it. One thing is not exact: the flags beside an unmasked overflow or underflow are those of the masked
-one, so PE may be set where the processor would not have set it.
+result raises it. One thing is not exact, the flags beside an unmasked exception: of an overflow or underflow they are
+those of the masked one, so PE may be set where the processor would not have set it; DPPS and DPPD, which are several
+operations, tell those of all of them. The vector and the destination are right.
 
 x87 exceptions need no such thing: an unmasked one is raised by the next waiting instruction, which is checked here
 before it runs.
