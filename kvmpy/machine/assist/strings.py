@@ -36,7 +36,7 @@ WORTH_FINISHING = 64
 MEETINGS = 2
 """So often a look must find an instruction before it gets a breakpoint."""
 TRIAL = 64
-"""After so many hits a breakpoint must have been worth them: WORTH_AN_EXIT elements each, on average."""
+"""Every so many hits a breakpoint must have been worth them: WORTH_AN_EXIT elements each, on average."""
 WORTH_AN_EXIT = 128
 MOST_PAGES = 1024
 """At one go: the vCPU takes no interrupt meanwhile."""
@@ -68,7 +68,7 @@ LONGEST = 3
 
 
 class _Site:
-    """An instruction that has a breakpoint: how much it did so far, and when it was last hit."""
+    """An instruction that has a breakpoint: how much it did in this trial, and when it was last hit."""
 
     def __init__(self, slot: int) -> None:
         self.slot, self.hits, self.elements = slot, 0, 0
@@ -111,9 +111,12 @@ class StringAssist:
         site.last_hit = time.monotonic()
         site.hits += 1
         site.elements += done
-        if site.hits == TRIAL and site.elements < TRIAL * WORTH_AN_EXIT:
-            self._give_up(pc)
-        elif not done:
+        if site.hits == TRIAL:
+            if site.elements < TRIAL * WORTH_AN_EXIT:
+                self._give_up(pc)
+                return True
+            site.hits = site.elements = 0
+        if not done:
             self._debug.step(True)  # KVM has to do it: with the breakpoint out of force
         return True
 
